@@ -1,0 +1,65 @@
+"""A training run's state in one safetensors file, written atomically, tied to the configuration it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expander_sae import files
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+class Checkpoint:
+    """The checkpoint of one run.
+
+    Args:
+        path: the file.
+        identity: what must agree for the run to be continued (JSON values, nested dicts).
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+
+    def save(self, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        """Replace the file with ``(tensors, numbers)``."""
+        tensors, numbers = state
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with files.atomic_path(self.path) as temporary:
+            save_file(stored, temporary, {"identity": json.dumps(self.identity), "numbers": json.dumps(numbers)})
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The saved state, or ``None`` if there is none.
+
+        Raises:
+            ValueError: unreadable, or of a run with another configuration; the differing fields are named.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            identity, numbers = json.loads(header["identity"]), json.loads(header["numbers"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"the checkpoint {self.path} cannot be read ({error}); delete it to start afresh") from None
+        different = _differences(identity, json.loads(json.dumps(self.identity)))
+        if different:
+            raise ValueError(
+                f"{self.path} belongs to another run: {'; '.join(different)}. Use the same settings to continue it, "
+                "another out folder, or restart to discard it."
+            )
+        return tensors, numbers
+
+
+def _differences(saved: Any, asked: Any, name: str = "") -> list[str]:
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        keys = sorted(saved.keys() | asked.keys())
+        return [line for key in keys for line in _differences(saved.get(key), asked.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if saved == asked else [f"{name} was {saved!r} and is {asked!r}"]

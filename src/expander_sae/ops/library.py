@@ -1,0 +1,210 @@
+"""The hot operations as ``torch.library`` operators: dispatch to a backend, fake-tensor rules, autograd.
+
+``torch.ops.expander_sae.<name>`` works on flat ``(B, ...)`` tensors; :mod:`expander_sae.ops` is the public surface.
+Gradients flow over active features only, through the same four operators, so they can be taken twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from expander_sae.ops import cpu, reference, triton
+
+BACKEND_VARIABLE = "EXPANDER_SAE_BACKEND"
+_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The backend that runs: the argument, else ``EXPANDER_SAE_BACKEND``, else the fast one for the device.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the named backend is not available here, or runs on another device.
+    """
+    asked = backend or os.environ.get(BACKEND_VARIABLE) or None
+    if asked is None:
+        fast = "triton" if device.type == "cuda" else "cpu"
+        usable = device.type in ("cpu", "cuda") and _BACKENDS[fast].available(device)
+        return fast if usable else "reference"
+    if asked not in _BACKENDS:
+        raise ValueError(f"unknown backend {asked!r}; choose one of {', '.join(map(repr, _BACKENDS))}")
+    if asked != "reference" and not _BACKENDS[asked].available(device):
+        raise RuntimeError(f"backend {asked!r} cannot run on {device.type} here: {_BACKENDS[asked].why_not(device)}")
+    return asked
+
+
+def _implementation(name: str, backend: str, device: torch.device) -> Callable[..., Tensor]:
+    return getattr(_BACKENDS[resolve_backend(backend, device)], name)
+
+
+# An empty string stands for "no override": operator schemas take no optional strings in every supported torch.
+
+
+@torch.library.custom_op("expander_sae::correlate", mutates_args=())
+def correlate(h: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+    return _implementation("correlate", backend, h.device)(h, rows, values)
+
+
+@correlate.register_fake
+def _(h: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+    return h.new_empty(h.shape[0], rows.shape[0])
+
+
+def _correlate_context(ctx, inputs, output) -> None:
+    h, rows, values, ctx.backend = inputs
+    ctx.save_for_backward(h, rows, values)
+
+
+def _correlate_backward(ctx, grad: Tensor):
+    # The full gradient is dense by nature: every feature is active. Two matrix products, no kernel of its own.
+    h, rows, values = ctx.saved_tensors
+    dense = reference.to_dense(rows, values.to(grad.dtype), h.shape[1])
+    grad_values = (h.to(grad.dtype).T @ grad).gather(0, rows.long().T).T if ctx.needs_input_grad[2] else None
+    return grad @ dense.T, None, None if grad_values is None else grad_values.to(values.dtype), None
+
+
+@torch.library.custom_op("expander_sae::encode_topk", mutates_args=())
+def encode_topk(
+    h: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    relu: bool = False,
+    magnitude: bool = False,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    return _implementation("encode_topk", backend, h.device)(h, rows, values, b_enc, k, relu, magnitude)
+
+
+@encode_topk.register_fake
+def _(h, rows, values, b_enc, k, relu=False, magnitude=False, backend=""):
+    return h.new_empty(h.shape[0], k, dtype=torch.int32), h.new_empty(h.shape[0], k)
+
+
+def _encode_context(ctx, inputs, output) -> None:
+    h, rows, values, b_enc, _k, ctx.relu, _magnitude, ctx.backend = inputs
+    indices, code_values = output
+    ctx.mark_non_differentiable(indices)
+    ctx.has_bias = b_enc is not None
+    ctx.bias_dtype = None if b_enc is None else b_enc.dtype
+    ctx.save_for_backward(h, rows, values, indices, code_values)
+
+
+def _encode_backward(ctx, _grad_indices, grad: Tensor):
+    h, rows, values, indices, code_values = ctx.saved_tensors
+    if ctx.relu:
+        grad = grad * (code_values > 0)
+    grad_h = decode(indices, grad, rows, values, h.shape[1], ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_values = grad_bias = None
+    if ctx.needs_input_grad[2]:
+        grad_values = values_grad(h, indices, grad, rows, ctx.backend).to(values.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        wide = reference.accumulate_dtype(grad.dtype)
+        grad_bias = torch.zeros(rows.shape[0], dtype=wide, device=grad.device)
+        grad_bias = grad_bias.index_add(0, indices.flatten(), grad.flatten().to(wide)).to(ctx.bias_dtype)
+    return grad_h, None, grad_values, grad_bias, None, None, None, None
+
+
+@torch.library.custom_op("expander_sae::decode", mutates_args=())
+def decode(
+    indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = ""
+) -> Tensor:
+    return _implementation("decode", backend, values.device)(indices, code_values, rows, values, m)
+
+
+@decode.register_fake
+def _(indices, code_values, rows, values, m, backend=""):
+    return code_values.new_empty(indices.shape[0], m)
+
+
+def _decode_context(ctx, inputs, output) -> None:
+    indices, code_values, rows, values, ctx.m, ctx.backend = inputs
+    ctx.save_for_backward(indices, code_values, rows, values)
+
+
+def _decode_backward(ctx, grad: Tensor):
+    indices, code_values, rows, values = ctx.saved_tensors
+    grad_code = grad_values = None
+    if ctx.needs_input_grad[1]:
+        grad_code = correlate_at(grad, indices, rows, values, ctx.backend)
+    if ctx.needs_input_grad[3]:
+        grad_values = values_grad(grad, indices, code_values, rows, ctx.backend).to(values.dtype)
+    return None, grad_code, None, grad_values, None, None
+
+
+@torch.library.custom_op("expander_sae::correlate_at", mutates_args=())
+def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+    return _implementation("correlate_at", backend, h.device)(h, indices, rows, values)
+
+
+@correlate_at.register_fake
+def _(h, indices, rows, values, backend=""):
+    return h.new_empty(indices.shape)
+
+
+def _correlate_at_context(ctx, inputs, output) -> None:
+    h, indices, rows, values, ctx.backend = inputs
+    ctx.save_for_backward(h, indices, rows, values)
+
+
+def _correlate_at_backward(ctx, grad: Tensor):
+    h, indices, rows, values = ctx.saved_tensors
+    grad_h = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_h = decode(indices, grad, rows, values, h.shape[1], ctx.backend)
+    if ctx.needs_input_grad[3]:
+        grad_values = values_grad(h, indices, grad, rows, ctx.backend).to(values.dtype)
+    return grad_h, None, None, grad_values, None
+
+
+@torch.library.custom_op("expander_sae::values_grad", mutates_args=())
+def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor, backend: str = "") -> Tensor:
+    return _implementation("values_grad", backend, h.device)(h, indices, coef, rows)
+
+
+@values_grad.register_fake
+def _(h, indices, coef, rows, backend=""):
+    return h.new_empty(rows.shape, dtype=reference.accumulate_dtype(h.dtype))
+
+
+def _values_grad_context(ctx, inputs, output) -> None:
+    h, indices, coef, rows, ctx.backend = inputs
+    ctx.save_for_backward(h, indices, coef, rows)
+
+
+def _values_grad_backward(ctx, grad: Tensor):
+    # Bilinear in h and coef, with `grad` in the place of the values.
+    h, indices, coef, rows = ctx.saved_tensors
+    grad = grad.to(h.dtype)
+    grad_h = grad_coef = None
+    if ctx.needs_input_grad[0]:
+        grad_h = decode(indices, coef, rows, grad, h.shape[1], ctx.backend)
+    if ctx.needs_input_grad[2]:
+        grad_coef = correlate_at(h, indices, rows, grad, ctx.backend)
+    return grad_h, None, grad_coef, None, None
+
+
+@torch.library.custom_op("expander_sae::gram", mutates_args=())
+def gram(indices: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+    return _implementation("gram", backend, values.device)(indices, rows, values)
+
+
+@gram.register_fake
+def _(indices, rows, values, backend=""):
+    return values.new_empty(*indices.shape, indices.shape[1])
+
+
+for _operator, _backward, _context in (
+    (correlate, _correlate_backward, _correlate_context),
+    (encode_topk, _encode_backward, _encode_context),
+    (decode, _decode_backward, _decode_context),
+    (correlate_at, _correlate_at_backward, _correlate_at_context),
+    (values_grad, _values_grad_backward, _values_grad_context),
+):
+    torch.library.register_autograd(_operator._opoverload, _backward, setup_context=_context)

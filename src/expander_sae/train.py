@@ -1,0 +1,354 @@
+"""The one training loop. Every variant is a dictionary, an encoder and a :class:`TrainConfig`, not a loop of its own."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expander_sae import __version__
+from expander_sae.checkpoint import CHECKPOINT_NAME, Checkpoint
+from expander_sae.ops import SparseCode
+from expander_sae.progress import progress
+from expander_sae.sae import SAE
+from expander_sae.sources import ActivationSource
+from expander_sae.tracking import LOG_NAME, TrainingLog
+
+_STATISTICS_ROWS = 16384  # sample for the mean and scale of activations
+_DIVERGENCE_FACTOR = 10.0  # loss against its own start, each a mean over a logging interval
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the loop does. The defaults are the paper's recipe (THEORY §0.2)."""
+
+    steps: int = 5000
+    """Optimiser steps."""
+    batch_size: int = 256
+    """Activation vectors a step."""
+    lr: float = 3e-4
+    """Adam's learning rate at the first step (after warm-up); one cosine period leads down to ``lr_final``."""
+    lr_final: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    b_dec_init: Literal["zero", "mean"] = "zero"
+    """Where ``b_dec`` starts; ``mean`` is the mean of a sample of the activations."""
+    scale_activations: bool = False
+    """Train on activations scaled to ``mean ‖h - h̄‖² = d_in``; folded back into the biases at the end, exactly."""
+    resample_every: int = 1000
+    """Re-aim features that fired fewer than ``resample_below`` times every so many steps; 0 never does."""
+    resample_below: int = 5
+    """Fires between two resamplings under which a feature is re-aimed at a residual on its support."""
+    aux_k: int = 0
+    """Dead features that help to reconstruct the residual (AuxK, Gao et al. 2024, §2.4); 0 leaves the term out."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the AuxK term."""
+    dead_after: int = 100_000
+    """Tokens without a fire after which a feature counts as dead, for AuxK and for the log."""
+    seed: int = 0
+    """Order of the batches and choice of resampling targets."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "resample_every", "resample_below", "aux_k", "lr_final", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not (self.lr > 0 and self.clip_norm > 0):
+            raise ValueError(f"lr and clip_norm must be positive, got {self.lr} and {self.clip_norm}")
+        if self.b_dec_init not in ("zero", "mean"):
+            raise ValueError(f"b_dec_init must be 'zero' or 'mean', got {self.b_dec_init!r}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``0 <= step < steps``."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return (self.lr_final + (self.lr - self.lr_final) * cosine) * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite, or grew far above its start. The message names step, losses and checkpoint."""
+
+
+def train(
+    sae: SAE,
+    source: ActivationSource,
+    config: TrainConfig,
+    out: str | Path | None = None,
+    *,
+    restart: bool = False,
+    trackers: tuple[str, ...] = (),
+    description: str = "train",
+) -> dict[str, Any]:
+    """Train ``sae`` in place on ``source``; returns a summary, also stored in ``sae.metadata["training"]``.
+
+    With ``out``, the folder gets ``log.jsonl``, a checkpoint every ``checkpoint_every`` steps, and at the end the SAE
+    itself. Run again with the same arguments after an interruption, it continues from the checkpoint, and the
+    weights come out bit for bit as if it had never stopped (same machine, same number of threads).
+
+    Args:
+        sae: moved nowhere; batches follow it to its device and type.
+        source: activations of width ``sae.d_in``.
+        config: the recipe.
+        out: folder for log, checkpoints and the result.
+        restart: discard a checkpoint instead of continuing from it.
+        trackers: any of ``"tensorboard"``, ``"wandb"``.
+        description: what the progress bar says.
+
+    Raises:
+        ValueError: wrong width, too few rows, or a checkpoint of another configuration in ``out``.
+        TrainingDiverged: see there.
+        KeyboardInterrupt: after the step in progress, with a checkpoint written.
+    """
+    if source.d_in != sae.d_in:
+        raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
+    loop = _Loop(sae, source, config)
+    identity = {"sae": sae.config() | {"metrics": None, "training": None}, "train": asdict(config), "rows": len(source)}
+    checkpoint = None if out is None else Checkpoint(Path(out) / CHECKPOINT_NAME, identity)
+    start = 0
+    if checkpoint is not None and not restart and (saved := checkpoint.load()) is not None:
+        start = loop.restore(saved)
+    else:
+        loop.initialise()
+    log = TrainingLog(None if out is None else Path(out) / LOG_NAME, start, trackers, identity)
+    try:
+        with progress(description, config.steps, "step", done=start) as advance, _deferred_interrupt() as interrupted:
+            for step in range(start, config.steps):
+                loop.step(step)
+                last = step + 1 == config.steps
+                if (step + 1) % config.log_every == 0 or last:
+                    line = loop.report(step, log.tail(), checkpoint)
+                    log.write(line)
+                    advance(step + 1 - max(start, step // config.log_every * config.log_every), note=_note(line))
+                stop = interrupted.is_set()
+                if checkpoint is not None and ((step + 1) % config.checkpoint_every == 0 or last or stop):
+                    loop.check(step, log.tail(), checkpoint)
+                    checkpoint.save(loop.state(step + 1))
+                if stop:
+                    raise KeyboardInterrupt
+    finally:
+        log.close()
+    summary = loop.finish()
+    sae.metadata["training"] = summary
+    if out is not None:
+        sae.save_pretrained(out)
+    return summary
+
+
+class _Loop:
+    """State of one training run."""
+
+    def __init__(self, sae: SAE, source: ActivationSource, config: TrainConfig) -> None:
+        self.sae, self.source, self.config = sae, source, config
+        self.device = sae.b_dec.device
+        self.scale = 1.0
+        self.fires = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # since the last resampling
+        self.idle_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # tokens since the last fire
+        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+        self.batches: Iterator[Tensor] | None = None
+        self.losses: list[Tensor] = []  # since the last look: read in one go, so that a GPU need not wait each step
+        self.fvu_parts: list[Tensor] = []
+        self.first_loss: float | None = None
+        self.seconds = 0.0
+        self.clock = time.perf_counter()
+        self.resampled = 0
+
+    def initialise(self) -> None:
+        """Statistics of the activations that the recipe asks for."""
+        config = self.config
+        if config.b_dec_init == "zero" and not config.scale_activations:
+            return
+        sample = self.source.sample(min(_STATISTICS_ROWS, len(self.source)), config.seed).to(self.device, torch.float64)
+        mean = sample.mean(dim=0)
+        if config.scale_activations:
+            variance = float((sample - mean).square().sum(dim=1).mean())
+            if variance <= 0:
+                raise ValueError("all sampled activations are equal: there is nothing to learn")
+            self.scale = math.sqrt(self.sae.d_in / variance)
+        if config.b_dec_init == "mean":
+            with torch.no_grad():
+                self.sae.b_dec.copy_(mean * self.scale)
+
+    def step(self, step: int) -> None:
+        """One optimiser step."""
+        config, sae = self.config, self.sae
+        if self.batches is None:
+            self.batches = self.source.batches(config.batch_size, config.seed, step)
+        h = next(self.batches).to(self.device, sae.dtype) * self.scale
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr_at(step)
+        code, recon = sae.encode_decode(h)
+        residual = h - recon
+        error = residual.square().sum(dim=1).mean()
+        loss = error + self._auxiliary(h, residual.detach()) if config.aux_k else error
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
+        self.optimiser.step()
+
+        error = error.detach()
+        self.losses.append(error)
+        self.fvu_parts.append(torch.stack([error, (h - h.mean(dim=0)).square().sum(dim=1).mean()]))
+        self._count(code)
+        if config.resample_every and (step + 1) % config.resample_every == 0 and step + 1 < config.steps:
+            self._resample(h, residual.detach(), step)
+
+    def _auxiliary(self, h: Tensor, residual: Tensor) -> Tensor:
+        """AuxK: the dead features' best attempt at the residual, as a share of its energy, in units of the loss."""
+        dead = (self.idle_tokens > self.config.dead_after).nonzero().flatten()
+        if not len(dead):
+            return h.new_zeros(())
+        guess = self.sae.reconstruct_with(h, dead, min(self.config.aux_k, len(dead)))
+        share = (residual - guess).square().sum() / residual.square().sum().clamp_min(1e-12)
+        return self.config.aux_coefficient * share * residual.square().sum(dim=1).mean()
+
+    def _count(self, code: SparseCode) -> None:
+        active = code.indices[code.values != 0].long()
+        fires = torch.bincount(active, minlength=self.sae.d_sae)
+        self.fires += fires
+        self.idle_tokens += code.indices.shape[0]
+        self.idle_tokens[fires > 0] = 0
+
+    def _resample(self, h: Tensor, residual: Tensor, step: int) -> None:
+        """Aim rarely firing features at residuals, drawn with probability proportional to their energy."""
+        features = (self.fires < self.config.resample_below).nonzero().flatten()
+        self.fires.zero_()
+        energy = residual.square().sum(dim=1)
+        # The paper leaves a dictionary alone that is dead for the greater part: the fault is elsewhere then.
+        if not 0 < len(features) <= 0.8 * self.sae.d_sae or not bool(torch.isfinite(energy).all()) or not bool(energy.any()):
+            return
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        chosen = torch.multinomial(energy.cpu().double(), len(features), replacement=True, generator=generator)
+        self.sae.reset_features(features, residual[chosen.to(self.device)])
+        self.idle_tokens[features] = 0
+        self.resampled += len(features)
+
+    def check(self, step: int, tail: list[dict[str, Any]], checkpoint: Checkpoint | None) -> float:
+        """Mean loss since the last look; raises :class:`TrainingDiverged`."""
+        if not self.losses:
+            return self.first_loss or 0.0
+        losses = torch.stack(self.losses).tolist()
+        mean = sum(losses) / len(losses)
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        too_high = self.first_loss is not None and mean > _DIVERGENCE_FACTOR * self.first_loss
+        if bad is not None or too_high:
+            at = step - len(losses) + 1 + (bad or 0)
+            curve = ", ".join(f"{line['step']}: {line['loss']:.4g}" for line in tail) or "none logged yet"
+            kept = f"The last good checkpoint is {checkpoint.path}." if checkpoint and checkpoint.path.exists() else ""
+            what = "is not finite" if bad is not None else f"is {mean / (self.first_loss or 1):.0f} times its start"
+            raise TrainingDiverged(
+                f"training diverged: at step {at} the loss {what}. Logged before (step: loss): {curve}. {kept} "
+                "Try a lower lr, scale_activations=True, b_dec_init='mean', or another seed."
+            )
+        return mean
+
+    def report(self, step: int, tail: list[dict[str, Any]], checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """A line of the log over the steps since the last one."""
+        loss = self.check(step, tail, checkpoint)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        error, variance = torch.stack(self.fvu_parts).sum(dim=0).tolist()
+        count, self.losses, self.fvu_parts = len(self.losses), [], []
+        now = time.perf_counter()
+        elapsed, self.clock = now - self.clock, now
+        self.seconds += elapsed
+        return {
+            "step": step + 1,
+            "loss": loss / self.scale**2,
+            "fvu": error / variance if variance > 0 else math.inf,
+            "dead": float((self.idle_tokens > self.config.dead_after).double().mean()),
+            "resampled": self.resampled,
+            "lr": self.config.lr_at(step),
+            "tokens_per_second": count * self.config.batch_size / elapsed,
+        }
+
+    def state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything the rest of the run depends on."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"adam.{name}.{key}"] = value
+        tensors |= {"fires": self.fires, "idle_tokens": self.idle_tokens}
+        tensors |= {f"pending.{i}": part for i, part in enumerate(self.fvu_parts)}
+        elapsed = self.seconds + time.perf_counter() - self.clock
+        numbers = {
+            "step": step,
+            "scale": self.scale,
+            "seconds": elapsed,
+            "first_loss": self.first_loss,
+            "resampled": self.resampled,
+            "pending": len(self.fvu_parts),
+        }
+        return tensors, numbers
+
+    def restore(self, saved: tuple[dict[str, Tensor], dict[str, Any]]) -> int:
+        """Continue from :meth:`state`; returns the step to go on with."""
+        tensors, numbers = saved
+        self.sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+        for name, parameter in self.sae.named_parameters():
+            prefix = f"adam.{name}."
+            self.optimiser.state[parameter] = {
+                key.removeprefix(prefix): value if key.endswith(".step") else value.to(self.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        self.fires, self.idle_tokens = tensors["fires"].to(self.device), tensors["idle_tokens"].to(self.device)
+        self.fvu_parts = [tensors[f"pending.{i}"].to(self.device) for i in range(numbers["pending"])]
+        self.losses = [part[0] for part in self.fvu_parts]
+        self.scale, self.seconds = numbers["scale"], numbers["seconds"]
+        self.first_loss, self.resampled = numbers["first_loss"], numbers["resampled"]
+        return numbers["step"]
+
+    def finish(self) -> dict[str, Any]:
+        """Fold the scale away and sum up."""
+        self.sae.rescale_(self.scale)
+        return {
+            "config": asdict(self.config),
+            "rows": len(self.source),
+            "tokens_seen": self.config.steps * self.config.batch_size,
+            "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "expander_sae": __version__,
+        }
+
+
+def _note(line: dict[str, Any]) -> str:
+    return f"FVU {line['fvu']:.3f}  dead {line['dead']:.1%}"
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of breaking into a half-done step; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals are the main thread's affair
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(signum: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
