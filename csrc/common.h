@@ -46,7 +46,8 @@ struct SparseArgs {
 
 // Where a selection job puts its result when the features are split among threads.
 struct Partial {
-  int64_t* keys;  // (B, width) sorted descending; see select.h
+  int64_t* keys;   // sample b writes its best keys (see select.h) to keys[b * stride, b * stride + width)
+  int64_t stride;
   int64_t width;
 };
 
@@ -61,7 +62,7 @@ struct EncodeJob {
   bool safe;        // no estimated threshold: always succeeds
   Partial partial;  // keys == nullptr: write the finished code
   void* scratch;
-  int64_t* failed;  // receives the samples whose estimated threshold was too high
+  int64_t* failed;  // room for `count`; receives the samples whose estimated threshold was too high
 };
 
 struct Kernels {
@@ -69,7 +70,8 @@ struct Kernels {
   int (*tile_width)(int64_t samples_per_thread);
   size_t (*encode_scratch_bytes)(const EncodeArgs&, int tile);
   int (*encode_tile)(const EncodeJob&, int tile);  // returns how many samples failed
-  void (*merge_partial)(const EncodeArgs&, const int64_t* keys, int64_t width, int64_t sample);
+  int64_t (*merge_room)(int64_t count, int64_t k);
+  void (*merge_partial)(const EncodeArgs&, int64_t* keys, int64_t count, int64_t sample);
   size_t (*correlate_scratch_bytes)(const CorrelateArgs&, int tile);
   void (*correlate_tile)(const CorrelateArgs&, int64_t first, int count, int64_t begin, int64_t end, void* scratch, int tile);
   // Each returns false when it met an index or row out of range (nothing out of range is touched).
@@ -77,7 +79,7 @@ struct Kernels {
   bool (*correlate_at)(const SparseArgs&, int64_t begin, int64_t end, void* scratch);
   bool (*values_grad)(const SparseArgs&, int64_t first_feature, int64_t last_feature, void* scratch);
   bool (*gram)(const SparseArgs&, int64_t begin, int64_t end, void* scratch);
-  size_t (*sparse_scratch_bytes)(const SparseArgs&);
+  size_t (*sparse_scratch_bytes)(const SparseArgs&, bool gram);
   bool (*rows_in_range)(const int32_t* rows, int64_t count, int64_t m);
 };
 

@@ -115,9 +115,9 @@ EXPANDER_INLINE VK sort_lanes(VK v) {
 #if defined(EXPANDER_AVX512)
   constexpr int kUpper = kTop == 4 ? 0xf0 : (kTop == 2 ? 0xcc : 0xaa);
   __m512i r = _mm512_mask_min_epi64(
-      reinterpret_cast<const __m512i&>(static_cast<const VK&>(larger(v, w))), kUpper, reinterpret_cast<__m512i&>(v),
-      reinterpret_cast<const __m512i&>(w));
-  return reinterpret_cast<VK&>(r);
+      (__m512i)larger(v, w), kUpper, (__m512i)(v),
+      (__m512i)(w));
+  return (VK)(r);
 #else
   VK upper;
   for (int l = 0; l < kKeyLanes; ++l) upper[l] = (l & kTop) ? -1 : 0;

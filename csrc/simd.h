@@ -54,24 +54,24 @@ EXPANDER_INLINE void store(int32_t* p, VI v) { *reinterpret_cast<VIu*>(p) = v; }
 EXPANDER_INLINE void store(int64_t* p, VK v) { *reinterpret_cast<VKu*>(p) = v; }
 EXPANDER_INLINE VF splat(float x) { return x - VF{}; }
 EXPANDER_INLINE VI splat(int32_t x) { return x - VI{}; }
-EXPANDER_INLINE VF as_float(VI v) { return reinterpret_cast<VF&>(v); }
-EXPANDER_INLINE VI as_int(VF v) { return reinterpret_cast<VI&>(v); }
+EXPANDER_INLINE VF as_float(VI v) { return (VF)(v); }
+EXPANDER_INLINE VI as_int(VF v) { return (VI)(v); }
 EXPANDER_INLINE VF absolute(VF v) { return as_float(as_int(v) & 0x7fffffff); }
 
 // Bit l is set where a[l] >= b[l] or either is NaN.
 EXPANDER_INLINE uint64_t not_less(VF a, VF b) {
 #if defined(EXPANDER_AVX512)
-  return _mm512_cmp_ps_mask(reinterpret_cast<__m512&>(a), reinterpret_cast<__m512&>(b), _CMP_NLT_UQ);
+  return _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_NLT_UQ);
 #elif defined(EXPANDER_AVX2)
   return static_cast<uint32_t>(
-      _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256&>(a), reinterpret_cast<__m256&>(b), _CMP_NLT_UQ)));
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_NLT_UQ)));
 #elif defined(__SSE2__)
   return static_cast<uint32_t>(
-      _mm_movemask_ps(_mm_cmpnlt_ps(reinterpret_cast<__m128&>(a), reinterpret_cast<__m128&>(b))));
+      _mm_movemask_ps(_mm_cmpnlt_ps((__m128)(a), (__m128)(b))));
 #elif defined(__aarch64__)
   const VI bit = {1, 2, 4, 8};
   VI hit = ~(a < b) & bit;
-  return static_cast<uint32_t>(vaddvq_s32(reinterpret_cast<int32x4_t&>(hit)));
+  return static_cast<uint32_t>(vaddvq_s32((int32x4_t)(hit)));
 #else
   const VI less = a < b;
   uint64_t mask = 0;
@@ -82,8 +82,8 @@ EXPANDER_INLINE uint64_t not_less(VF a, VF b) {
 
 EXPANDER_INLINE VK larger(VK a, VK b) {
 #if defined(EXPANDER_AVX512)
-  __m512i r = _mm512_max_epi64(reinterpret_cast<__m512i&>(a), reinterpret_cast<__m512i&>(b));
-  return reinterpret_cast<VK&>(r);
+  __m512i r = _mm512_max_epi64((__m512i)(a), (__m512i)(b));
+  return (VK)(r);
 #else
   return a > b ? a : b;
 #endif
@@ -91,8 +91,8 @@ EXPANDER_INLINE VK larger(VK a, VK b) {
 
 EXPANDER_INLINE VK smaller(VK a, VK b) {
 #if defined(EXPANDER_AVX512)
-  __m512i r = _mm512_min_epi64(reinterpret_cast<__m512i&>(a), reinterpret_cast<__m512i&>(b));
-  return reinterpret_cast<VK&>(r);
+  __m512i r = _mm512_min_epi64((__m512i)(a), (__m512i)(b));
+  return (VK)(r);
 #else
   return a > b ? b : a;
 #endif
@@ -228,7 +228,7 @@ struct BF16 {
     typedef uint16_t V16 __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
     typedef uint32_t V32 __attribute__((vector_size(kLanes * 4)));
     V32 wide = __builtin_convertvector(*reinterpret_cast<const V16*>(p), V32) << 16;
-    return reinterpret_cast<VF&>(wide);
+    return (VF)(wide);
   }
 };
 
@@ -239,10 +239,10 @@ struct F16 {
   EXPANDER_INLINE static VF load_lanes(const type* p) {
 #if defined(EXPANDER_AVX512)
     __m512 v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return reinterpret_cast<VF&>(v);
+    return (VF)(v);
 #elif defined(EXPANDER_AVX2) && defined(__F16C__)
     __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return reinterpret_cast<VF&>(v);
+    return (VF)(v);
 #else
     VF v;
     for (int l = 0; l < kLanes; ++l) v[l] = half_to_float(p[l]);

@@ -29,7 +29,7 @@ def test_atomic_path_replaces_whole_files(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "result"
     target.write_text("old")
-    with pytest.raises(error), files.atomic_path(target) as temporary:
+    with pytest.raises(error), files.atomic_path(target) as temporary:  # noqa: PT012 (it must see the error)
         temporary.write_text("half of the n")
         raise error
     assert target.read_text() == "old"
@@ -63,7 +63,7 @@ def test_json(tmp_path: Path) -> None:
     files.atomic_write_json(path, value)
     assert json.loads(path.read_bytes()) == value
     for bad in (float("nan"), {"x": float("inf")}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not JSON compliant"):
             files.atomic_write_json(path, bad)
     with pytest.raises(TypeError):
         files.atomic_write_json(path, {"x": object()})
@@ -99,9 +99,7 @@ def test_free_space_of_a_relative_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_human_bytes() -> None:
-    written = [
-        files.human_bytes(count) for count in (0, 1023, 1024, 1536, 2**20 - 1, 2**20, 3 * 2**30, 5 * 2**50)
-    ]
+    written = [files.human_bytes(count) for count in (0, 1023, 1024, 1536, 2**20 - 1, 2**20, 3 * 2**30, 5 * 2**50)]
     assert written == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "1.0 MiB", "3.0 GiB", "5120.0 TiB"]
 
 
@@ -109,9 +107,7 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("EXPANDER_SAE_CACHE", str(tmp_path / "cache"))
     assert files.cache_dir() == tmp_path / "cache"
-    monkeypatch.setenv(
-        "EXPANDER_SAE_CACHE", "~/elsewhere"
-    )  # as written in an env file, where no shell expands it
+    monkeypatch.setenv("EXPANDER_SAE_CACHE", "~/elsewhere")  # as written in an env file, where no shell expands it
     assert files.cache_dir() == tmp_path / "elsewhere"
     for unset in ("", None):
         if unset is None:

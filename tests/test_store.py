@@ -47,6 +47,10 @@ META = StoreMeta(
 NUM_APPENDS, APPEND_ROWS = 10, 7
 
 
+class Crash(Exception):
+    pass
+
+
 def window(number: int, meta: StoreMeta = META, rows: int = APPEND_ROWS) -> tuple[torch.Tensor, ...]:
     """What a toy harvest reads at its ``number``-th step: rows, tokens, positions."""
     acts = torch.randn(rows, meta.d_in, generator=torch.Generator().manual_seed(number))
@@ -57,9 +61,18 @@ def harvest(folder: Path, meta: StoreMeta = META, stop: int = NUM_APPENDS, shard
     """A toy harvest: goes on from the cursor; 20 rows are reached by every third append."""
     with StoreWriter(folder, meta, expected_rows=NUM_APPENDS * APPEND_ROWS, shard_rows=shard_rows) as writer:
         for number in range(writer.cursor or 0, stop):
-            writer.append(
-                *window(number, meta), cursor=number + 1, left_out_by_position=1, left_out_by_norm=2
-            )
+            writer.append(*window(number, meta), cursor=number + 1, left_out_by_position=1, left_out_by_norm=2)
+
+
+def leave_early(folder: Path, error: type[BaseException], appends: int, shard_rows: int) -> None:
+    """A harvest that ``error`` ends after some appends; the store stays unfinished."""
+    with (  # noqa: PT012 (the writer must see the error)
+        pytest.raises(error),
+        StoreWriter(folder, META, expected_rows=70, shard_rows=shard_rows) as writer,
+    ):
+        for number in range(appends):
+            writer.append(*window(number), cursor=number + 1)
+        raise error
 
 
 def everything(meta: StoreMeta = META) -> torch.Tensor:
@@ -140,16 +153,18 @@ def test_reading_leaves_the_file_alone(folder: Path) -> None:
 def test_the_writer_keeps_no_view_of_the_callers_buffer(tmp_path: Path) -> None:
     meta = replace(META, dtype="float32")
     acts, _, _ = window(0, meta)
-    tokens = torch.zeros(len(acts), dtype=torch.int32)
+    tokens, positions = torch.zeros(2, len(acts), dtype=torch.int32)
     kept, cursor = acts.clone(), {"at": [0]}
     with StoreWriter(tmp_path, meta, expected_rows=len(acts)) as writer:
-        writer.append(acts, tokens, tokens, cursor=cursor)
+        writer.append(acts, tokens, positions, cursor=cursor)
         acts.zero_()
         tokens.fill_(9)
+        positions.fill_(9)
         cursor["at"].append(1)
     store = ActivationStore.open(tmp_path)
     assert torch.equal(store.rows(slice(None)), kept)
     assert not store.tokens(slice(None)).any()
+    assert not store.positions(slice(None)).any()
     assert store.manifest.cursor == {"at": [0]}
 
 
@@ -208,9 +223,7 @@ test_store.harvest(Path({folder!r}))
         ("before the end", 70, []),
     ],
 )
-def test_resume_after_a_kill(
-    folder: Path, tmp_path: Path, where: str, rows: int, leftovers: list[str]
-) -> None:
+def test_resume_after_a_kill(folder: Path, tmp_path: Path, where: str, rows: int, leftovers: list[str]) -> None:
     killed = tmp_path / "killed"
     script = KILLED_HARVEST.format(tests=str(Path(__file__).parent), where=where, folder=str(killed))
     source = str(Path(store_module.__file__).parents[1])
@@ -234,21 +247,9 @@ def test_resume_after_a_kill(
     assert contents(killed) == contents(folder)  # byte for byte an uninterrupted harvest
 
 
-class Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize(("error", "kept"), [(KeyboardInterrupt, 35), (Crash, 21)])
-def test_leaving_early_leaves_a_store_to_resume(
-    tmp_path: Path, error: type[BaseException], kept: int
-) -> None:
-    with (
-        pytest.raises(error),
-        StoreWriter(tmp_path, META, expected_rows=70, shard_rows=20) as writer,
-    ):
-        for number in range(5):
-            writer.append(*window(number), cursor=number + 1)
-        raise error
+def test_leaving_early_leaves_a_store_to_resume(tmp_path: Path, error: type[BaseException], kept: int) -> None:
+    leave_early(tmp_path, error, appends=5, shard_rows=20)
     manifest = Manifest.read(tmp_path)
     assert (manifest.num_rows, manifest.cursor, manifest.complete) == (kept, kept // 7, False)
     harvest(tmp_path)
@@ -296,9 +297,7 @@ def test_interrupt_while_committing_neither_loses_nor_repeats(
     ids=lambda change: next(iter(change)),
 )
 def test_resume_with_other_settings_names_the_field(tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(Crash), StoreWriter(tmp_path, META, expected_rows=70, shard_rows=1) as writer:
-        writer.append(*window(0), cursor=1)
-        raise Crash
+    leave_early(tmp_path, Crash, appends=1, shard_rows=1)
     before = contents(tmp_path)
     ((name, value),) = change.items()
     with pytest.raises(StoreError, match="other settings") as caught:
@@ -317,9 +316,7 @@ def test_a_finished_store_is_not_written_again(folder: Path) -> None:
 
 
 def test_resume_finds_a_damaged_shard(tmp_path: Path) -> None:
-    with pytest.raises(Crash), StoreWriter(tmp_path, META, expected_rows=70, shard_rows=1) as writer:
-        writer.append(*window(0), cursor=1)
-        raise Crash
+    leave_early(tmp_path, Crash, appends=1, shard_rows=1)
     (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(StoreError, match=r"shard-00000\.safetensors has 0 bytes"):
         StoreWriter(tmp_path, META, expected_rows=70)
@@ -394,7 +391,8 @@ def test_a_damaged_shard_is_named(folder: Path, kind: str) -> None:
     damage(folder)
     with pytest.raises(StoreError, match=message) as caught:
         ActivationStore.open(folder)
-    assert SHARD in str(caught.value) and "harvest again" in str(caught.value)
+    assert SHARD in str(caught.value)
+    assert "harvest again" in str(caught.value)
 
 
 def test_a_flipped_byte_is_found_by_sha256(folder: Path) -> None:
@@ -454,6 +452,15 @@ def test_another_models_manifest(folder: Path, change: dict[str, Any]) -> None:
         ActivationStore.open(folder)
 
 
+def test_a_manifest_with_other_row_counts(folder: Path) -> None:
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[1]["rows"] -= 1
+    shards[2]["rows"] += 1
+    edit_manifest(folder, shards=shards)
+    with pytest.raises(StoreError, match=rf"{SHARD} holds .*\[21, 6\].* the manifest says .*\[20, 6\]"):
+        ActivationStore.open(folder)
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -495,12 +502,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         harvest(tmp_path / "store")
     assert not (tmp_path / "store").exists()
     monkeypatch.undo()
-    with (
-        pytest.raises(Crash),
-        StoreWriter(tmp_path / "store", META, expected_rows=70, shard_rows=1) as writer,
-    ):
-        writer.append(*window(0), cursor=1)
-        raise Crash
+    leave_early(tmp_path / "store", Crash, appends=1, shard_rows=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))  # type: ignore
     harvest(tmp_path / "store")  # on resuming, only the missing rows need room
 
@@ -558,7 +560,7 @@ def test_a_batch_depends_on_its_step_alone(rows: int, batch_size: int, seed: int
 def test_batches_of_a_store_and_of_a_tensor_are_the_same(folder: Path) -> None:
     store, source = ActivationStore.open(folder), TensorSource(everything().bfloat16())
     for mine, theirs in zip(take(store, 12, 16, 3), take(source, 12, 16, 3), strict=True):
-        assert mine.shape == (16, 6) and mine.dtype == torch.bfloat16
+        assert (mine.shape, mine.dtype) == ((16, 6), torch.bfloat16)
         assert torch.equal(mine, theirs)
     assert torch.equal(store.sample(20, 1), source.sample(20, 1))
 
@@ -577,14 +579,14 @@ def test_sample_is_distinct_and_repeatable() -> None:
     assert len(sample.unique()) == 30
     assert torch.equal(sample, source.sample(30, 7))
     assert not torch.equal(sample, source.sample(30, 8))
+    generator = np.random.Generator(np.random.Philox(key=np.array([7, 2**64 - 1], dtype=np.uint64)))
+    assert sample.flatten().tolist() == generator.choice(50, 30, replace=False).tolist()  # no epoch's stream
 
 
 def test_batches_and_sample_refuse_at_the_call() -> None:
     source = numbered(5)
     for batch_size in (0, 6):
-        with pytest.raises(
-            ValueError, match=f"batch_size must be from 1 to the number of rows, 5, not {batch_size}"
-        ):
+        with pytest.raises(ValueError, match=f"batch_size must be from 1 to the number of rows, 5, not {batch_size}"):
             source.batches(batch_size, seed=0)
         with pytest.raises(ValueError, match=f"number of rows, 5, not {batch_size}"):
             source.sample(batch_size, seed=0)

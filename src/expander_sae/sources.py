@@ -68,9 +68,7 @@ class TensorSource(ActivationSource):
             kind = getattr(activations, "dtype", type(activations).__name__)
             raise TypeError(f"activations must be a floating-point tensor, not {kind}")
         if activations.ndim != 2 or 0 in activations.shape:
-            raise ValueError(
-                f"activations must have shape (rows, d_in), neither 0; got {tuple(activations.shape)}"
-            )
+            raise ValueError(f"activations must have shape (rows, d_in), neither 0; got {tuple(activations.shape)}")
         if bad := count_not_finite(activations):
             raise ValueError(f"{bad} of {len(activations)} activation rows hold NaN or infinity")
         self._activations = activations.detach()

@@ -123,9 +123,7 @@ class Manifest:
             raise StoreError(f"{path} is not JSON ({error}). {_AGAIN}") from None
         version = data.get("version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
-            raise StoreError(
-                f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}. {_AGAIN}"
-            )
+            raise StoreError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}. {_AGAIN}")
         try:
             known = {f.name: data[f.name] for f in fields(cls)}
             known["meta"] = StoreMeta(**known["meta"])
@@ -235,22 +233,16 @@ class StoreWriter:
     named) or damaged shards; ``OSError`` if the disk has too little room.
     """
 
-    def __init__(
-        self, folder: str | Path, meta: StoreMeta, *, expected_rows: int, shard_rows: int = 16384
-    ) -> None:
+    def __init__(self, folder: str | Path, meta: StoreMeta, *, expected_rows: int, shard_rows: int = 16384) -> None:
         if expected_rows < 1 or shard_rows < 1:
-            raise ValueError(
-                f"expected_rows and shard_rows must be at least 1 (got {expected_rows}, {shard_rows})"
-            )
+            raise ValueError(f"expected_rows and shard_rows must be at least 1 (got {expected_rows}, {shard_rows})")
         self.folder = Path(folder)
         self.shard_rows = shard_rows
         self._pending: list[_Append] = []
         if (self.folder / MANIFEST).exists():
             self.manifest = self._resume(meta)
         elif any(self.folder.glob("shard-*.safetensors")):
-            raise StoreError(
-                f"{folder} has shards but no {MANIFEST}. Choose another folder, or delete this one."
-            )
+            raise StoreError(f"{folder} has shards but no {MANIFEST}. Choose another folder, or delete this one.")
         else:
             self.manifest = Manifest(meta)
         missing = max(expected_rows - self.manifest.num_rows, 0)

@@ -1,4 +1,4 @@
-"""Language models: load one, read its residual stream at a layer, put another one back, harvest activations."""
+"""Language models: load one, read its residual stream at a layer, put another back, harvest."""
 
 from __future__ import annotations
 

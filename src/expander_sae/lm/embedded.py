@@ -15,8 +15,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..files import atomic_path, cache_dir, require_free_space, sha256_file
 
@@ -125,23 +126,32 @@ def converted_model() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with quiet_transformers():
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # transformers refuses to save a model that remembers its quantizer: give the weights a plain one.
-        config = quantized.config.to_dict()
-        config.pop("quantization_config", None)
-        plain = AutoModelForCausalLM.from_config(
-            type(quantized.config).from_dict(config), dtype=torch.float32
-        )
+        # transformers refuses to save a model that remembers its quantizer: give the weights a plain config.
+        settings = quantized.config.to_dict()
+        settings.pop("quantization_config", None)
+        config = type(quantized.config).from_dict(settings)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(quantized.state_dict())
         plain.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the progress bars of ``transformers`` (loading is quick; ours show the long steps)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fetch_text(split: Split = "all") -> Iterator[tuple[str, str]]:
@@ -186,8 +196,10 @@ def parse_dump(path: Path) -> list[tuple[str, str]]:
 
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
+    articles_only: Any = ("0",)  # MediaWiki's namespace of articles; gensim's annotation says bool
+
     with bz2.open(path, "rb") as file:
-        pages = [(title, text) for title, text, _ in extract_pages(file, ("0",)) if text]
+        pages = [(title, text) for title, text, _ in extract_pages(file, articles_only) if text]
     articles = [(title, filter_wiki(text).strip()) for title, text in pages if not _is_redirect(text)]
     return [(title, text) for title, text in articles if text]
 

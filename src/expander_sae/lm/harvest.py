@@ -17,7 +17,7 @@ from ..store import MANIFEST, ActivationStore, Manifest, StoreError, StoreMeta, 
 from .embedded import Split
 from .hook import residual
 from .models import LanguageModel
-from .text import TextError, describe, documents, pack
+from .text import describe, documents, pack
 
 _CALIBRATION_TOKENS = 4096  # positions whose median norm sets the limit of the norm guard
 
@@ -79,18 +79,17 @@ def harvest(
         f"{human_bytes(size)} in {out}",
         file=sys.stderr,
     )
+    windows = pack(lm.tokenizer, documents(source, split), window)
+    windows = itertools.chain([next(windows)], windows)  # too short a text fails before the store is made
     per_batch = batch_windows or max(1, (16384 if lm.device.type == "cuda" else 1024) // window)
     writer = StoreWriter(out, meta, expected_rows=num_tokens, shard_rows=shard_rows)
     if writer.num_rows:
         print(f"Going on after {writer.num_rows:,} tokens harvested before.", file=sys.stderr)
     with writer, progress(f"Harvest layer {layer}", num_tokens, "tokens", done=writer.num_rows) as advance:
-        windows = pack(lm.tokenizer, documents(source, split), window)
         _run(lm, writer, windows, num_tokens, per_batch, advance)
     store = ActivationStore.open(out)
     if len(store) < num_tokens:
-        warnings.warn(
-            f"The text {meta.text} ended after {len(store):,} of {num_tokens:,} tokens.", stacklevel=2
-        )
+        warnings.warn(f"The text {meta.text} ended after {len(store):,} of {num_tokens:,} tokens.", stacklevel=2)
     return store
 
 
@@ -105,9 +104,7 @@ def _run(
     """Append batch after batch until ``num_tokens`` rows are stored or the text ends."""
     meta = writer.manifest.meta
     done, median = (writer.cursor["windows"], writer.cursor["median_norm"]) if writer.cursor else (0, None)
-    windows = itertools.islice(
-        windows, done, None
-    )  # text is read again on resuming: it costs next to nothing
+    windows = itertools.islice(windows, done, None)  # text is read again on resuming: it costs next to nothing
     if median is None:
         first = list(itertools.islice(windows, -(-_CALIBRATION_TOKENS // meta.window)))
         median = _median_norm(lm, first, meta, per_batch)
@@ -157,9 +154,7 @@ def _finished(out: Path, meta: StoreMeta, num_tokens: int) -> ActivationStore | 
         return None
     manifest = Manifest.read(out)
     if differences := manifest.meta.differences(meta):
-        raise StoreError(
-            f"{out} holds another harvest ({'; '.join(differences)}). Choose another folder or delete it."
-        )
+        raise StoreError(f"{out} holds another harvest ({'; '.join(differences)}). Choose another folder or delete it.")
     if not manifest.complete:
         if manifest.num_rows > num_tokens:
             raise StoreError(f"{out} already holds {manifest.num_rows:,} tokens, more than {num_tokens:,}.")

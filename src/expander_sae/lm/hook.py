@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -60,9 +60,7 @@ def splice(lm: LanguageModel, tokens: torch.Tensor, layer: int, replace: Replace
         return _forward(lm, tokens)
 
 
-def continue_from(
-    lm: LanguageModel, tokens: torch.Tensor, layer: int, residual: torch.Tensor
-) -> torch.Tensor:
+def continue_from(lm: LanguageModel, tokens: torch.Tensor, layer: int, residual: torch.Tensor) -> torch.Tensor:
     """Logits ``(B, T, vocab)`` of the model whose residual stream after block ``layer`` is ``residual``.
 
     Equals ``splice(lm, tokens, layer, lambda h: residual)``, but blocks 0 to ``layer`` do not run: many
@@ -88,9 +86,7 @@ def _hidden(output: Any) -> torch.Tensor:
     """The hidden states in a block's output: some architectures give a tensor, others a tuple led by it."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, torch.Tensor):
-        raise TypeError(
-            f"a decoder block gave {type(output).__name__}, neither a tensor nor a tuple with one"
-        )
+        raise TypeError(f"a decoder block gave {type(output).__name__}, neither a tensor nor a tuple with one")
     return hidden
 
 
@@ -107,11 +103,8 @@ def _output_form(lm: LanguageModel) -> Callable[[torch.Tensor], Any]:
         seen.append(output)
         raise _Reached
 
-    with _hooked(lm.blocks[0], stop):
-        try:
-            _forward(lm, torch.zeros((1, 1), dtype=torch.long))
-        except _Reached:
-            pass
+    with _hooked(lm.blocks[0], stop), suppress(_Reached):
+        _forward(lm, torch.zeros((1, 1), dtype=torch.long))
     output = seen[0]
     _hidden(output)
     return lambda hidden: _like(output, hidden)
@@ -119,9 +112,7 @@ def _output_form(lm: LanguageModel) -> Callable[[torch.Tensor], Any]:
 
 def _fitting(replacement: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
     if tuple(replacement.shape) != tuple(shape):
-        raise ValueError(
-            f"the replaced residual must have shape {tuple(shape)}, not {tuple(replacement.shape)}"
-        )
+        raise ValueError(f"the replaced residual must have shape {tuple(shape)}, not {tuple(replacement.shape)}")
     return replacement
 
 

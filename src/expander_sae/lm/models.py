@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .embedded import EMBEDDED, REVISION, converted_model
+from .embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -199,12 +197,17 @@ def _load(
     revision: str | None,
     fingerprint: str | None,
 ) -> LanguageModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    model: Any
     try:
         with quiet_transformers():
+            # The config first: where there is no hub, one file's retries take long enough.
+            config = AutoConfig.from_pretrained(source, revision=revision or "main")
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
-            model = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, revision=revision or "main", dtype=dtype
+            )
     except (
         OSError,
         ValueError,
@@ -228,20 +231,6 @@ def _explain(source: str, from_hub: bool, error: Exception) -> str:
         "uses what was downloaded before), or give a local folder. "
         f"Without a hub, use the model {EMBEDDED!r}: it comes from the package index."
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide the progress bars of ``transformers`` (loading is quick; ours show the long steps)."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _text_config(model: Any) -> Any:

@@ -137,13 +137,9 @@ def _text_of(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
-        raise TextError(
-            f'{path}, line {number}: expected a JSON object with a field "text" ({error!r}).'
-        ) from error
+        raise TextError(f'{path}, line {number}: expected a JSON object with a field "text" ({error!r}).') from error
     if not isinstance(text, str):
-        raise TextError(
-            f'{path}, line {number}: the field "text" must be a string, not {type(text).__name__}.'
-        )
+        raise TextError(f'{path}, line {number}: the field "text" must be a string, not {type(text).__name__}.')
     return text
 
 

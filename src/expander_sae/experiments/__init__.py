@@ -1,0 +1,1 @@
+"""Experiments, one module each: what is run, on what, and how its result is written down."""

@@ -1,0 +1,145 @@
+"""The main job on the embedded default: harvest, train the Expander SAEs and their controls, evaluate, show the frontier."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from expander_sae import lm as language
+from expander_sae.evaluate import evaluate_in_model
+from expander_sae.experiments.record import write_results
+from expander_sae.files import cache_dir
+from expander_sae.recipe import Recipe, SAEConfig, resolve
+from expander_sae.report.frontier import plot_frontier
+from expander_sae.report.table import EVALUATION_COLUMNS, print_table
+from expander_sae.sae import SAE
+from expander_sae.store import ActivationStore
+from expander_sae.train import TrainConfig, train
+
+LAYER = language.PRESETS[language.EMBEDDED].layers[0]
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does.
+
+    Attributes:
+        tokens: activation vectors harvested.
+        steps: optimiser steps of every arm.
+        batch_size: activation vectors a step.
+        held_out_windows: windows of other articles, ``WINDOW`` tokens each, for the evaluation.
+    """
+
+    tokens: int
+    steps: int
+    batch_size: int
+    held_out_windows: int
+
+
+FULL = DemoSize(tokens=400_000, steps=1000, batch_size=1024, held_out_windows=32)
+QUICK = replace(FULL, steps=200, batch_size=512, held_out_windows=8)
+
+
+def arms(d_in: int, d_sae: int, k: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """The SAEs compared, as settings: an expander a degree, the dense SAE, a matched-width dense SAE a degree.
+
+    A matched dense SAE has ``n' = d·n/m`` tied features, so that it learns as many values as its expander.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for degree in degrees:
+        settings[f"expander-d{degree}"] = {"dictionary": "expander", "d_sae": d_sae, "degree": degree, "k": k}
+    settings[f"dense-n{d_sae}"] = {"dictionary": "dense", "encoder": "untied", "d_sae": d_sae, "k": k}
+    for degree in degrees:
+        width = degree * d_sae // d_in
+        settings[f"dense-n{width}"] = {"dictionary": "dense", "d_sae": width, "k": min(k, width)}
+    return settings
+
+
+def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
+    """Run the demo; interrupted and started again, it continues. Returns the rows of the table it prints.
+
+    Writes ``results.json``, ``results.md``, ``frontier.png`` and a folder for every SAE into ``out``.
+    """
+    began = time.perf_counter()
+    out, size = Path(out), QUICK if quick else FULL
+    preset = language.PRESETS[language.EMBEDDED]
+    print(
+        f"Demo: {size.tokens:,} tokens of layer {LAYER}, {size.steps:,} steps of {size.batch_size:,}, "
+        f"{size.held_out_windows} held-out windows of {WINDOW} tokens; results in {out}",
+        file=sys.stderr,
+    )
+    lm = language.load_model(language.EMBEDDED)
+    store = language.harvest(
+        lm,
+        language.EMBEDDED,
+        LAYER,
+        size.tokens,
+        cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{size.tokens}-{str(lm.dtype).removeprefix('torch.')}",
+        window=WINDOW,
+    )
+    recipes = {
+        name: resolve(settings, {"steps": size.steps, "batch_size": size.batch_size, "seed": seed})
+        for name, settings in arms(lm.d_model, preset.d_sae, preset.k, preset.degrees).items()
+    }
+    saes = {name: train_arm(name, recipe, store, out / name) for name, recipe in recipes.items()}
+    windows = language.sample_windows(lm.tokenizer, language.EMBEDDED, "heldout", WINDOW, size.held_out_windows)
+    results = evaluate_in_model(saes, lm, list(windows), LAYER)
+    rows = []
+    for name, sae in saes.items():
+        metrics = results[name].to_dict()
+        sae.metadata["metrics"] = metrics
+        sae.save_pretrained(out / name)
+        rows.append(summary_row(name, sae, recipes[name].sae) | metrics)
+    manifest = store.manifest
+    notes = [
+        f"{lm.name} ({lm.revision}), output of block {LAYER}; trained on {len(store):,} vectors "
+        f"(left out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), "
+        f"{size.steps:,} steps of {size.batch_size:,} for every SAE, preset {next(iter(recipes.values())).preset}.",
+        f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
+        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean).",
+    ]
+    title = f"Storage and fidelity, {preset.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
+    settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
+    write_results(out, rows, EVALUATION_COLUMNS, settings, title, notes)
+    plot_frontier(rows, out / "frontier.png", title)
+    print_table(rows, EVALUATION_COLUMNS, title)
+    print("\n".join(notes))
+    print(f"\nWrote {out / 'results.json'}, {out / 'results.md'}, {out / 'frontier.png'} and {len(saes)} SAE folders.")
+    print(f"Took {time.perf_counter() - began:.0f} s.")
+    return rows
+
+
+def train_arm(name: str, recipe: Recipe, store: ActivationStore, out: Path) -> SAE:
+    """Train one SAE into ``out``, or continue, or take it as it is if it was finished with these settings."""
+    sae = recipe.sae.build(store.d_in)
+    sae.metadata["trained_on"] = trained_on(store)
+    train(sae, store, recipe.train, out, description=f"Train {name}")
+    return sae
+
+
+def trained_on(store: ActivationStore) -> dict[str, Any]:
+    """What an SAE's config says of its activations."""
+    meta = store.manifest.meta
+    names = ("model", "revision", "hook", "layer", "text", "window", "skip_positions", "max_norm_multiple")
+    return {name: getattr(meta, name) for name in names} | {"rows": len(store)}
+
+
+def summary_row(name: str, sae: SAE, config: SAEConfig) -> dict[str, Any]:
+    """What a table says of an SAE beside its metrics."""
+    return {
+        "name": name,
+        "dictionary": config.dictionary,
+        "degree": config.degree if config.dictionary == "expander" else None,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "num_values": sae.num_values,
+        "num_bytes": sae.num_bytes,
+        "train_seconds": sae.metadata["training"]["seconds"],
+    }
+
+
+__all__ = ["FULL", "QUICK", "DemoSize", "TrainConfig", "arms", "run_demo", "summary_row", "train_arm", "trained_on"]

@@ -1,0 +1,56 @@
+"""How every experiment's result is written down: rows, settings, versions and machine, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from expander_sae import __version__, files, ops
+from expander_sae.report.table import Column, markdown_table
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, so that a figure can be traced and repeated."""
+    return {
+        "expander_sae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_kernels": ops.has_fast_cpu(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_results(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[Column],
+    settings: Mapping[str, Any],
+    title: str,
+    notes: Sequence[str] = (),
+) -> None:
+    """``results.json`` (everything) and ``results.md`` (table and notes) in ``folder``."""
+    folder = Path(folder)
+    whole = {"title": title, "settings": settings, "environment": environment(), "notes": list(notes), "rows": list(rows)}
+    files.atomic_write_json(folder / "results.json", whole)
+    text = f"# {title}\n\n{markdown_table(rows, columns)}\n" + "".join(f"{note}\n\n" for note in notes)
+    files.atomic_write_bytes(folder / "results.md", text.encode())
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,205 @@
+"""The common ground of the solvers: inputs checked and scaled, memory capped, the code brought back to the input's units.
+
+Every solver works on *unit* columns and on samples scaled by a power of two to a largest entry in ``[½, 1)``. Scores are
+therefore normalised correlations ``⟨w_j, r⟩ / ‖w_j‖`` whatever the dictionary's norms are, tolerances are relative, and
+no square can overflow. 16-bit inputs are solved in float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expander_sae.dictionary import DenseMatrix, Dictionary, ExpanderMatrix, Matrix
+from expander_sae.ops import SparseCode
+from expander_sae.ops.reference import accumulate_dtype
+from expander_sae.pursuit.code import PursuitCode
+
+WORKING_BYTES = 1 << 28  # memory a solver may use for its per-sample arrays; a batch beyond it is worked off in chunks
+SCORE_ARRAYS = 3  # (B, n) arrays alive at once in a greedy solver: correlations, scores, one temporary
+
+
+class Solution(NamedTuple):
+    """What a solver hands back for a chunk: slots ``(B, k)``, in the problem's units."""
+
+    features: Tensor  # int64 (B, k)
+    values: Tensor  # float (B, k)
+    used: Tensor  # bool (B, k): which slots hold a feature
+    rounds: Tensor  # int (B,)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``targets ≈ matrix · x`` for a chunk of samples.
+
+    Attributes:
+        matrix: unit columns (a zero column stays zero), no autograd.
+        targets: ``(B, m)``, scaled.
+        k: the most features a sample may use.
+        first: position of the chunk in the flattened batch.
+    """
+
+    matrix: Matrix
+    targets: Tensor
+    k: int
+    first: int
+
+    @property
+    def batch(self) -> int:
+        return self.targets.shape[0]
+
+    @property
+    def floor(self) -> Tensor:
+        """``(B,)``: correlations up to this are rounding error, of a residual computed from ``targets``."""
+        return 32 * torch.finfo(self.targets.dtype).eps * self.targets.norm(dim=1)
+
+    def target_norms(self, tol: float | None) -> Tensor:
+        """``(B,)``: the residual norm at which a sample is done; ``tol`` is relative to the sample's own norm."""
+        return self.floor if tol is None else self.targets.norm(dim=1) * tol + torch.finfo(self.targets.dtype).tiny
+
+    def residual(self, features: Tensor, values: Tensor) -> Tensor:
+        """``targets - W x``, ``(B, m)``; unused slots must have value 0."""
+        return self.targets - self.matrix.decode(SparseCode(features.to(torch.int32), values))
+
+
+def as_matrix(dictionary: Matrix | Dictionary) -> Matrix:
+    """The map of a dictionary, held still and outside the autograd graph."""
+    matrix = dictionary.matrix() if isinstance(dictionary, Dictionary) else dictionary
+    return matrix.detach()
+
+
+def unit_columns(matrix: Matrix, dtype: torch.dtype) -> tuple[Matrix, Tensor]:
+    """The matrix with unit columns in ``dtype``, and the norms ``(n,)`` it had. A zero column stays zero, norm 1.
+
+    Raises:
+        TypeError: a matrix of a kind that is not known here.
+    """
+    if isinstance(matrix, ExpanderMatrix):
+        values, norms = _unit_rows(matrix.values.to(dtype))
+        return replace(matrix, values=values), norms
+    if isinstance(matrix, DenseMatrix):
+        weight, norms = _unit_rows(matrix.weight.to(dtype))
+        return replace(matrix, weight=weight), norms
+    raise TypeError(f"expected a Dictionary, an ExpanderMatrix or a DenseMatrix, got {type(matrix).__name__}")
+
+
+def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    peak = rows.abs().amax(dim=1, keepdim=True)  # first, so that squares neither overflow nor vanish
+    usable = peak > torch.finfo(rows.dtype).tiny ** 0.5
+    peak = torch.where(usable, peak, 1.0)
+    scaled = torch.where(usable, rows / peak, 0.0)
+    length = torch.where(usable, scaled.norm(dim=1, keepdim=True), 1.0)
+    return scaled / length, (length * peak).squeeze(1)
+
+
+def run(
+    solver: Callable[[Problem], Solution],
+    h: Tensor,
+    dictionary: Matrix | Dictionary,
+    k: int,
+    b_dec: Tensor | None,
+    *,
+    cells: Callable[[Matrix], int] | None = None,
+) -> PursuitCode:
+    """Check the inputs, run ``solver`` chunk by chunk, and bring the code back to the units of ``h``.
+
+    Args:
+        solver: works on one chunk.
+        h: ``(..., m)``.
+        dictionary: a dictionary or its matrix.
+        k: features a sample.
+        b_dec: ``(m,)``, subtracted from ``h`` first; ``None`` for zero.
+        cells: floats a sample needs in memory; default: what a greedy solver needs.
+
+    Raises:
+        TypeError: ``h`` is not floating point, or the dictionary is of no known kind.
+        ValueError: wrong width, ``k`` outside ``[1, d_sae]``, or entries that are not finite.
+    """
+    matrix = as_matrix(dictionary)
+    check(h, matrix, k, b_dec)
+    with torch.no_grad():
+        wide = accumulate_dtype(torch.promote_types(h.dtype, matrix.dtype))
+        unit, norms = unit_columns(matrix, wide)
+        flat = h.detach().reshape(-1, matrix.d_in).to(wide)
+        if b_dec is not None:
+            flat = flat - b_dec.detach().to(wide)
+        if not bool(flat.isfinite().all()):
+            bad = int((~flat.isfinite().all(dim=1)).sum())
+            raise ValueError(f"{bad} of {flat.shape[0]} samples have entries that are not finite; leave them out first")
+        # Plus what every solver keeps: factor, Gram and columns of its support.
+        per_sample = cells(unit) if cells else SCORE_ARRAYS * matrix.d_sae + 2 * k * k + k * matrix.d_in
+        parts, first = [], 0
+        for part in chunks(flat, per_sample):
+            parts.append(_finish(solver, unit, norms, part, k, first))
+            first += part.shape[0]
+        merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        merged["values"] = merged["values"].to(h.dtype)
+        return PursuitCode(**merged).reshape(*h.shape[:-1])
+
+
+def _finish(
+    solver: Callable[[Problem], Solution], unit: Matrix, norms: Tensor, part: Tensor, k: int, first: int
+) -> dict[str, Any]:
+    exponent = torch.frexp(part.abs().amax(dim=1, keepdim=True)).exponent if part.shape[0] else part[:, :1].int()
+    problem = Problem(unit, torch.ldexp(part, -exponent), k, first)
+    features, values, used, rounds = solver(problem)
+    # Used slots first, in the order of selection.
+    order = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+    used = used.gather(1, order)
+    features = torch.where(used, features.gather(1, order), 0)
+    values = torch.where(used, values.gather(1, order), 0.0)
+    residual = problem.residual(features, values).norm(dim=1)
+    return {
+        "indices": features.to(torch.int32),
+        "values": torch.ldexp(values, exponent) / norms[features],
+        "residual_norms": torch.ldexp(residual, exponent.squeeze(1)),
+        "iterations": rounds.to(torch.int32),
+        "stopped_early": ~used.all(dim=1),
+    }
+
+
+def check(h: Tensor, matrix: Matrix, k: int, b_dec: Tensor | None) -> None:
+    """Raise on inputs no solver can use; see :func:`run`."""
+    if not h.is_floating_point():
+        raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
+    if h.dim() == 0 or h.shape[-1] != matrix.d_in:
+        raise ValueError(f"activations have shape {tuple(h.shape)}, the dictionary has d_in = {matrix.d_in}: expected (..., d_in)")
+    if not 1 <= k <= matrix.d_sae:
+        raise ValueError(f"k must be between 1 and d_sae = {matrix.d_sae}, got {k}: a code cannot have more features")
+    if b_dec is not None and b_dec.shape != (matrix.d_in,):
+        raise ValueError(f"b_dec must have shape ({matrix.d_in},), got {tuple(b_dec.shape)}")
+
+
+def chunks(flat: Tensor, cells_per_sample: int) -> Iterator[Tensor]:
+    """``flat`` in pieces that keep ``cells_per_sample`` floats a sample under :data:`WORKING_BYTES`; at least one piece."""
+    size = max(1, WORKING_BYTES // (cells_per_sample * flat.element_size()))
+    yield from flat.split(size) if flat.shape[0] else [flat]
+
+
+def synthesis(matrix: Matrix) -> Callable[[Tensor], Tensor]:
+    """``x ↦ Wx`` for dense codes: ``(B, n)`` to ``(B, m)``."""
+    if isinstance(matrix, ExpanderMatrix):
+        n, d = matrix.rows.shape
+        column = torch.arange(n, device=matrix.device).repeat_interleave(d)
+        places = torch.stack([matrix.rows.flatten().long(), column])
+        sparse = torch.sparse_coo_tensor(places, matrix.values.flatten(), (matrix.d_in, n)).coalesce()
+        return lambda x: (sparse @ x.T).T
+    dense = matrix.to_dense()
+    return lambda x: x @ dense.T
+
+
+def squared_norm(matrix: Matrix) -> float:
+    """An upper estimate of ``‖W‖₂²``: 50 steps of power iteration, and 5 % on top for what they leave open."""
+    combine = synthesis(matrix)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, matrix.d_sae, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    largest = 1.0
+    for _ in range(50):
+        x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+        x = matrix.correlate(combine(x))
+        largest = float(x.norm())
+    return max(1.05 * largest, 1e-6)  # a matrix of zeros: any step does

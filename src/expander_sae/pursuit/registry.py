@@ -1,0 +1,64 @@
+"""The solvers by name, in one call form: what ``sae.with_encoder("omp", block=8)`` and the experiments look up."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from expander_sae.dictionary import Dictionary, Matrix
+from expander_sae.pursuit.code import PursuitCode
+from expander_sae.pursuit.convex import fista, ista
+from expander_sae.pursuit.matching import gradient_pursuit, matching_pursuit
+from expander_sae.pursuit.omp import ols, omp
+from expander_sae.pursuit.thresholding import cosamp, htp, iht, niht, subspace_pursuit
+
+
+class Solver(Protocol):
+    """``solver(h, dictionary, k, b_dec=..., **options)``; which options there are is :func:`options_of`."""
+
+    def __call__(self, h: Tensor, dictionary: Matrix | Dictionary, k: int, **options: Any) -> PursuitCode: ...
+
+
+SOLVERS: dict[str, Solver] = {
+    "omp": omp,
+    "ols": ols,
+    "matching-pursuit": matching_pursuit,
+    "gradient-pursuit": gradient_pursuit,
+    "iht": iht,
+    "niht": niht,
+    "htp": htp,
+    "cosamp": cosamp,
+    "subspace-pursuit": subspace_pursuit,
+    "ista": ista,
+    "fista": fista,
+}
+"""Name to solver."""
+
+_NOT_OPTIONS = ("h", "dictionary", "k", "b_dec")
+
+
+def solver(name: str) -> Solver:
+    """The solver called ``name``.
+
+    Raises:
+        ValueError: unknown name; the known ones are listed.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(map(repr, SOLVERS))}")
+    return SOLVERS[name]
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a solver with their defaults, without ``h``, ``dictionary``, ``k`` and ``b_dec``."""
+    parameters = inspect.signature(solver(name)).parameters
+    return {key: value.default for key, value in parameters.items() if key not in _NOT_OPTIONS}
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise :class:`ValueError` if ``options`` names something the solver does not take."""
+    known = options_of(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it takes {', '.join(map(repr, known)) or 'none'}")

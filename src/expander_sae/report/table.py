@@ -1,0 +1,64 @@
+"""Results as a readable table: on the terminal and as Markdown, from one list of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from expander_sae.files import human_bytes
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading and how to show a row under it."""
+
+    heading: str
+    show: Callable[[Row], str]
+
+
+def number(key: str, spec: str) -> Callable[[Row], str]:
+    """Show ``row[key]`` in a format specification; an absent value is a dash."""
+    return lambda row: "–" if row.get(key) is None else format(row[key], spec)
+
+
+EVALUATION_COLUMNS = (
+    Column("SAE", lambda row: str(row["name"])),
+    Column("values", number("num_values", ",")),
+    Column("on disk", lambda row: human_bytes(row["num_bytes"])),
+    Column("rel. error", number("relative_error", ".3f")),
+    Column("FVU", number("fvu", ".3f")),
+    Column("L0", number("l0", ".1f")),
+    Column("dead", lambda row: f"{row['dead']:,} ({row['dead'] / row['d_sae']:.1%})"),
+    Column("CE rec.", number("ce_recovered", ".3f")),
+    Column("CE clean", number("ce_clean", ".3f")),
+    Column("CE zero", number("ce_zero", ".3f")),
+    Column("CE recon.", number("ce_recon", ".3f")),
+    Column("train s", number("train_seconds", ",.1f")),
+)
+"""What an evaluation in the model shows."""
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str = "") -> None:
+    """Print to standard output, never cutting a cell: narrow terminals wrap lines."""
+    table = Table(title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column is columns[0] else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.show(row) for column in columns))
+    console = Console()
+    width = console.measure(table).maximum
+    console.print(table, width=max(width, console.width), crop=False, soft_wrap=True)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """The same as Markdown."""
+    lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("|---|" + "---:|" * (len(columns) - 1))
+    lines += ["| " + " | ".join(column.show(row) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
