@@ -20,8 +20,9 @@ namespace {
 using expander::EncodeArgs;
 using expander::EncodeJob;
 
-constexpr int kBlock = 32;      // features between two looks at the lists
-constexpr int kMaxGroup = 16;   // blocks in the first sample: 32 group maxima of up to 16 features each
+constexpr int kBlock = 32;     // features between two looks at the lists
+constexpr int kUnrolled = 4;   // candidates of a feature taken without a branch
+constexpr int kMaxGroup = 16;  // blocks in the first sample: 32 group maxima of up to 16 features each
 
 EXPANDER_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -35,7 +36,7 @@ EXPANDER_INLINE int64_t list_room(int64_t k, int64_t features) {
 }
 
 struct Layout {
-  size_t tile, scores, masks, list_scores, list_indices, ordered, keys, total;
+  size_t tile, scores, block, passed, list_scores, list_tags, keys, total;
 };
 
 EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
@@ -50,10 +51,10 @@ EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
   };
   at.tile = take(a.m * width * 4);
   at.scores = take(int64_t{kBlock} * kMaxGroup * width * 4);
-  at.masks = take(kBlock * 8);
+  at.block = take(int64_t{kBlock} * width * 4);
+  at.passed = take((int64_t{kBlock} * width + kUnrolled) * 4);
   at.list_scores = take(room * width * 4);
-  at.list_indices = take(room * width * 4);
-  at.ordered = take(room * 4);
+  at.list_tags = take(room * width * 4);
   at.keys = take((sort_room(a.k) > room ? sort_room(a.k) : room) * 8);
   at.total = used;
   return at;
@@ -77,10 +78,10 @@ class TileEncoder {
     auto* base = static_cast<char*>(job.scratch);
     tile_ = reinterpret_cast<float*>(base + at.tile);
     scores_ = reinterpret_cast<float*>(base + at.scores);
-    masks_ = reinterpret_cast<uint64_t*>(base + at.masks);
-    list_scores_ = reinterpret_cast<float*>(base + at.list_scores);
-    list_indices_ = reinterpret_cast<int32_t*>(base + at.list_indices);
-    ordered_ = reinterpret_cast<int32_t*>(base + at.ordered);
+    block_ = reinterpret_cast<float*>(base + at.block);
+    passed_ = reinterpret_cast<int32_t*>(base + at.passed);
+    list_scores_ = reinterpret_cast<int32_t*>(base + at.list_scores);
+    list_tags_ = reinterpret_cast<int32_t*>(base + at.list_tags);
     keys_ = reinterpret_cast<int64_t*>(base + at.keys);
     features_ = job.end - job.begin;
     keep_ = a_.k < features_ ? a_.k : features_;
@@ -110,29 +111,19 @@ class TileEncoder {
       int64_t starts[kMaxGroup];
       for (int g = 0; g < group; ++g, advance()) {
         starts[g] = job_.begin + block * kBlock;
-        const int size = block_size(starts[g]);
-        float* z = scores_ + int64_t{g} * kBlock * kWidth;
-        score_block<false>(starts[g], size, z);
-        for (int i = size * kWidth; i < kBlock * kWidth; ++i) z[i] = kMagnitude ? 0.0f : -INFINITY;
+        store_block(starts[g], scores_ + int64_t{g} * kBlock * kWidth);
       }
       first_threshold(group);
       for (int g = 0; g < group; ++g) {
-        const float* z = scores_ + int64_t{g} * kBlock * kWidth;
-        const int size = block_size(starts[g]);
-        mark(z, size);
-        append(z, starts[g], size);
-        cut_full_lists();
-        seen += size;
+        append_stored_block(starts[g], scores_ + int64_t{g} * kBlock * kWidth);
+        seen += block_size(starts[g]);
       }
     }
     int64_t next_look = seen > 0 ? seen * 2 : features_;
     for (; done < blocks; advance()) {
       const int64_t start = job_.begin + block * kBlock;
-      const int size = block_size(start);
-      score_block<true>(start, size, scores_);
-      append(scores_, start, size);
-      cut_full_lists();
-      seen += size;
+      append_block(start);
+      seen += block_size(start);
       if (seen >= next_look) {
         next_look = seen * 2;
         if (seen * 4 <= features_ * 3) raise_thresholds(seen);
@@ -176,52 +167,85 @@ class TileEncoder {
     return static_cast<int>(std::ceil(kBlock * (1.0 - std::pow(1.0 - tail, group))));
   }
 
-  // Scores of features [start, start + size), and with kMark one mask a feature of the lanes at or above their threshold.
-  template <bool kMark>
-  void score_block(int64_t start, int size, float* z) {
-    const int32_t* rows = a_.rows + start * a_.d;
-    const float* values = static_cast<const float*>(a_.values) + start * a_.d;
-    const float* bias = static_cast<const float*>(a_.b_enc);
+  EXPANDER_INLINE void score(int64_t feature, VF (&acc)[kVectors]) const {
+    const auto* bias = static_cast<const float*>(a_.b_enc);
+    scores<kVectors>(
+        tile_, a_.rows + feature * a_.d, static_cast<const float*>(a_.values) + feature * a_.d, a_.d,
+        bias != nullptr ? bias[feature] : 0.0f, acc);
+  }
+
+  // All scores of a block, for the first estimate; a short block is filled up with scores that rank last.
+  void store_block(int64_t start, float* z) {
+    const int size = block_size(start);
+    for (int f = 0; f < size; ++f) {
+      VF acc[kVectors];
+      score(start + f, acc);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) store(z + f * kWidth + v * kLanes, acc[v]);
+    }
+    for (int i = size * kWidth; i < kBlock * kWidth; ++i) z[i] = kMagnitude ? 0.0f : -INFINITY;
+  }
+
+  void append_block(int64_t start) {
     VF threshold[kVectors];
     for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
-    for (int f = 0; f < size; ++f, rows += a_.d, values += a_.d, z += kWidth) {
+    const int size = block_size(start);
+    int passed = 0;
+    for (int f = 0; f < size; ++f) {
       VF acc[kVectors];
-      scores<kVectors>(tile_, rows, values, a_.d, bias != nullptr ? bias[start + f] : 0.0f, acc);
+      score(start + f, acc);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, acc[v]);
-      if constexpr (kMark) masks_[f] = mask_of(acc, threshold);
+      for (int v = 0; v < kVectors; ++v) store(block_ + f * kWidth + v * kLanes, acc[v]);
+      passed = pass(acc, threshold, f, passed);
     }
+    distribute(start, block_, passed);
   }
 
-  EXPANDER_INLINE uint64_t mask_of(const VF (&acc)[kVectors], const VF (&threshold)[kVectors]) const {
-    uint64_t mask = 0;
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      mask |= not_less(kMagnitude ? absolute(acc[v]) : acc[v], threshold[v]) << (v * kLanes);
-    }
-    return mask & lanes_;  // a lane without a sample collects nothing
-  }
-
-  void mark(const float* z, int size) {
+  void append_stored_block(int64_t start, const float* z) {
     VF threshold[kVectors];
     for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
-    for (int f = 0; f < size; ++f, z += kWidth) {
+    const int size = block_size(start);
+    int passed = 0;
+    for (int f = 0; f < size; ++f) {
       VF acc[kVectors];
-      for (int v = 0; v < kVectors; ++v) acc[v] = load(z + v * kLanes);
-      masks_[f] = mask_of(acc, threshold);
+      for (int v = 0; v < kVectors; ++v) acc[v] = load(z + f * kWidth + v * kLanes);
+      passed = pass(acc, threshold, f, passed);
     }
+    distribute(start, z, passed);
   }
 
-  void append(const float* z, int64_t start, int size) {
-    for (int f = 0; f < size; ++f, z += kWidth) {
-      const auto index = static_cast<int32_t>(start + f);
-      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
-        const int lane = __builtin_ctzll(mask);
-        const int64_t at = lane * room_ + size_[lane]++;
-        list_scores_[at] = z[lane];
-        list_indices_[at] = index;
-      }
+  // Appends f * kWidth + lane to passed_ for the lanes at or above their threshold. Whether a score passes cannot be
+  // predicted, so the first few are written unconditionally; a branch remains for the rare feature with more.
+  EXPANDER_INLINE int pass(VF (&acc)[kVectors], const VF (&threshold)[kVectors], int f, int passed) {
+    if constexpr (kMagnitude) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[v] = absolute(acc[v]);
     }
+    uint64_t mask = not_less(acc, threshold) & lanes_;  // a lane without a sample collects nothing
+    const int count = popcount(mask);
+    int32_t* to = passed_ + passed;
+#pragma GCC unroll 4
+    for (int i = 0; i < kUnrolled; ++i) {
+      to[i] = f * kWidth + (__builtin_ctzll(mask) & 63);
+      mask &= mask - 1;
+    }
+    for (to += kUnrolled; mask != 0; mask &= mask - 1) *to++ = f * kWidth + __builtin_ctzll(mask);
+    return passed + count;
+  }
+
+  // Moves the candidates of a block to the lists of their lanes.
+  void distribute(int64_t start, const float* z, int passed) {
+    const int32_t first_tag = tag_of(static_cast<int32_t>(start));
+    for (int i = 0; i < passed; ++i) {
+      const int32_t id = passed_[i];
+      const int lane = id & (kWidth - 1);
+      const int64_t at = lane * room_ + size_[lane]++;
+      const float x = z[id];
+      const int32_t tag = first_tag - id / kWidth * 2;
+      list_scores_[at] = ordered(kMagnitude ? __builtin_fabsf(x) : x);
+      list_tags_[at] = kMagnitude ? tag | static_cast<int32_t>(float_to_bits(x) >> 31) : tag;
+    }
+    if (passed > 0) cut_full_lists();
   }
 
   // The threshold of each lane from the scores of the first blocks: feature f of every block belongs to group f, and the
@@ -261,44 +285,20 @@ class TileEncoder {
     }
   }
 
-  // The scores of a lane's list as ordered integers, padded to whole vectors; returns the padded length.
-  int order_list(int lane) {
-    const float* z = list_scores_ + lane * room_;
-    const int size = size_[lane];
-    const int padded = static_cast<int>(round_up(size, kLanes));
-    for (int i = 0; i < size; ++i) ordered_[i] = ordered(kMagnitude ? __builtin_fabsf(z[i]) : z[i]);
-    for (int i = size; i < padded; ++i) ordered_[i] = INT32_MIN;
-    return padded;
-  }
-
-  // NaN admits nothing as a threshold, so +inf is the highest: it lets NaN and +inf through.
+  // NaN admits everything as a threshold, so +inf is the highest: it lets NaN and +inf through.
   void set_threshold(int lane, int32_t edge) {
-    floor_[lane] = edge;
-    threshold_[lane] = unordered(edge);
+    floor_[lane] = edge < kOrderedInf ? edge : kOrderedInf;
+    threshold_[lane] = unordered(floor_[lane]);
   }
 
-  // Drops the candidates below an edge; the survivors keep their order.
-  void drop_below(int lane, int32_t edge) {
-    float* z = list_scores_ + lane * room_;
-    int32_t* index = list_indices_ + lane * room_;
-    int kept = 0;
-    for (int i = 0; i < size_[lane]; ++i) {
-      z[kept] = z[i];
-      index[kept] = index[i];
-      kept += ordered_[i] >= edge;
-    }
-    size_[lane] = kept;
-  }
-
+  // Drops candidates that more than enough others beat, judged by the share of the features seen.
   void raise_thresholds(int64_t seen) {
     const int want = wanted(keep_, seen, features_);
     for (int lane = 0; lane < job_.count; ++lane) {
       if (size_[lane] <= want + want / 4 + 4) continue;
-      const int padded = order_list(lane);
-      int32_t edge = find_edge(ordered_, padded, want, want + want / 8 + 2, floor_[lane]);
-      edge = edge < kOrderedInf ? edge : kOrderedInf;
-      set_threshold(lane, edge);
-      drop_below(lane, edge);
+      int32_t* const score = list_scores_ + lane * room_;
+      set_threshold(lane, find_edge(score, size_[lane], want, want + want / 8 + 2, floor_[lane]));
+      size_[lane] = keep_from(score, list_tags_ + lane * room_, size_[lane], floor_[lane]);
     }
   }
 
@@ -320,37 +320,22 @@ class TileEncoder {
 
   // The k best candidates of a full list, exactly; the worst of them becomes the threshold.
   void cut(int lane) {
-    gather_keys(lane, INT32_MIN);
+    int32_t* const score = list_scores_ + lane * room_;
+    int32_t* const tag = list_tags_ + lane * room_;
+    make_keys(score, tag, size_[lane]);
     keep_largest(keys_, size_[lane], keep_);
     int32_t edge = INT32_MAX;
-    float* z = list_scores_ + lane * room_;
-    int32_t* index = list_indices_ + lane * room_;
     for (int64_t i = 0; i < keep_; ++i) {
-      const int32_t score = key_score(keys_[i]);
-      z[i] = key_value(keys_[i]);
-      index[i] = key_index(keys_[i]);
-      edge = score < edge ? score : edge;
+      score[i] = key_score(keys_[i]);
+      tag[i] = key_tag(keys_[i]);
+      edge = score[i] < edge ? score[i] : edge;
     }
     size_[lane] = static_cast<int32_t>(keep_);
-    set_threshold(lane, edge < kOrderedInf ? edge : kOrderedInf);
+    set_threshold(lane, edge);
   }
 
-  static EXPANDER_INLINE float key_value(int64_t key) {
-    const float z = unordered(key_score(key));
-    return kMagnitude && key_negative(key) ? -z : z;
-  }
-
-  // Keys of the lane's candidates at or above an edge; returns how many.
-  int64_t gather_keys(int lane, int32_t edge) {
-    const float* z = list_scores_ + lane * room_;
-    const int32_t* index = list_indices_ + lane * room_;
-    int64_t kept = 0;
-    for (int i = 0; i < size_[lane]; ++i) {
-      const int32_t score = ordered(kMagnitude ? __builtin_fabsf(z[i]) : z[i]);
-      keys_[kept] = make_key(score, index[i], kMagnitude && z[i] < 0);
-      kept += score >= edge;
-    }
-    return kept;
+  void make_keys(const int32_t* score, const int32_t* tag, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) keys_[i] = make_key(score[i], tag[i]);
   }
 
   int finish() {
@@ -361,13 +346,15 @@ class TileEncoder {
         job_.failed[failed++] = sample;
         continue;
       }
-      int32_t edge = INT32_MIN;
-      if (size_[lane] > keep_) {
-        const int padded = order_list(lane);
-        edge = find_edge(ordered_, padded, static_cast<int>(keep_), static_cast<int>(keep_), floor_[lane]);
+      int32_t* const score = list_scores_ + lane * room_;
+      int32_t* const tag = list_tags_ + lane * room_;
+      int size = size_[lane];
+      if (size > keep_) {
+        const int keep = static_cast<int>(keep_);
+        size = keep_from(score, tag, size, find_edge(score, size, keep, keep, floor_[lane]));
       }
-      const int64_t kept = gather_keys(lane, edge);
-      keep_largest(keys_, kept, keep_);  // more than k only when equal scores straddle the edge
+      make_keys(score, tag, size);
+      keep_largest(keys_, size, keep_);  // more than k only when equal scores straddle the edge
       sort_descending(keys_, keep_);
       if (job_.partial.keys != nullptr) {
         int64_t* out = job_.partial.keys + sample * job_.partial.stride;
@@ -384,7 +371,8 @@ class TileEncoder {
     int32_t* index = a.out_indices + sample * a.k;
     for (int64_t i = 0; i < a.k; ++i) index[i] = key_index(keys[i]);
     const auto value = [&](int64_t i) {
-      const float z = key_value(keys[i]);
+      const float size = unordered(key_score(keys[i]));
+      const float z = kMagnitude && (keys[i] & 1) != 0 ? -size : size;
       return a.relu && z < 0 ? 0.0f : z;
     };
     if (a.dtype == expander::DType::f32) {
@@ -402,10 +390,10 @@ class TileEncoder {
   const EncodeArgs& a_;
   float* tile_;
   float* scores_;
-  uint64_t* masks_;
-  float* list_scores_;
-  int32_t* list_indices_;
-  int32_t* ordered_;
+  float* block_;
+  int32_t* passed_;
+  int32_t* list_scores_;
+  int32_t* list_tags_;
   int64_t* keys_;
   int64_t features_, keep_, limit_, room_;
   uint64_t lanes_;

@@ -12,54 +12,50 @@ constexpr int32_t kOrderedInf = 0x7f800000;
 constexpr int64_t kLowestKey = INT64_MIN;
 
 EXPANDER_INLINE int32_t ordered(float z) {
-  const float canonical = z + 0.0f;  // -0 becomes +0
-  int32_t bits;
-  std::memcpy(&bits, &canonical, 4);
+  const auto bits = static_cast<int32_t>(float_to_bits(z + 0.0f));
   const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return canonical != canonical ? INT32_MAX : key;
+  return (bits & 0x7fffffff) > kOrderedInf ? INT32_MAX : key;
 }
 
 EXPANDER_INLINE float unordered(int32_t key) {
-  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
-  float z;
-  std::memcpy(&z, &bits, 4);
-  return z;
+  return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-EXPANDER_INLINE int64_t make_key(int32_t score, int32_t index, bool negative) {
-  const uint32_t low = static_cast<uint32_t>(INT32_MAX - index) << 1 | static_cast<uint32_t>(negative);
-  return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(score)) << 32 | low);
+// The lower half of a key: descending in the index, and the sign a magnitude has lost.
+EXPANDER_INLINE int32_t tag_of(int32_t index) {
+  return static_cast<int32_t>(static_cast<uint32_t>(INT32_MAX - index) << 1);
+}
+
+EXPANDER_INLINE int64_t make_key(int32_t score, int32_t tag) {
+  return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(score)) << 32 | static_cast<uint32_t>(tag));
 }
 
 EXPANDER_INLINE int32_t key_score(int64_t key) { return static_cast<int32_t>(key >> 32); }
+EXPANDER_INLINE int32_t key_tag(int64_t key) { return static_cast<int32_t>(key); }
 EXPANDER_INLINE int32_t key_index(int64_t key) {
-  return INT32_MAX - static_cast<int32_t>((static_cast<uint32_t>(key)) >> 1);
+  return INT32_MAX - static_cast<int32_t>(static_cast<uint32_t>(key) >> 1);
 }
-EXPANDER_INLINE bool key_negative(int64_t key) { return (key & 1) != 0; }
 
-// How many of list[0, padded) are >= edge; padded is a multiple of kLanes.
+// How many of list[0, padded) are >= edge; padded is a multiple of the lanes.
 EXPANDER_INLINE int count_from(const int32_t* list, int padded, int32_t edge) {
-  VI total = VI{};
   const VI e = splat(edge);
-  for (int i = 0; i < padded; i += kLanes) total -= load(list + i) >= e;
-  int sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += total[l];
-  return sum;
+  int total = 0;
+  for (int i = 0; i < padded; i += kLanes) total += count_at_least(load(list + i), e);
+  return total;
 }
 
 EXPANDER_INLINE int64_t count_from(const int64_t* list, int64_t padded, int64_t edge) {
-  VK total = VK{};
   const VK e = edge - VK{};
-  for (int64_t i = 0; i < padded; i += kKeyLanes) total -= load(list + i) >= e;
-  int64_t sum = 0;
-  for (int l = 0; l < kKeyLanes; ++l) sum += total[l];
-  return sum;
+  int64_t total = 0;
+  for (int64_t i = 0; i < padded; i += kKeyLanes) total += count_at_least(load(list + i), e);
+  return total;
 }
 
 // A score e with `least` <= |{list >= e}| <= `most`, or the least-th largest itself when ties leave no such score.
-// `floor` is a score known to have at least `least` entries at or above it.
-EXPANDER_INLINE int32_t find_edge(const int32_t* list, int padded, int least, int most, int32_t floor) {
-  int64_t low = floor, high = static_cast<int64_t>(INT32_MAX) + 1;  // count(low) >= least > count(high)
+// `floor` is a score with at least `least` entries at or above it. list has room for whole vectors.
+inline int32_t find_edge(int32_t* list, int size, int least, int most, int32_t floor) {
+  int padded = size;
+  while (padded % kLanes != 0) list[padded++] = INT32_MIN;
   VI top = splat(INT32_MIN);
   for (int i = 0; i < padded; i += kLanes) {
     const VI x = load(list + i);
@@ -67,18 +63,38 @@ EXPANDER_INLINE int32_t find_edge(const int32_t* list, int padded, int least, in
   }
   int32_t largest = top[0];
   for (int l = 1; l < kLanes; ++l) largest = top[l] > largest ? top[l] : largest;
-  high = static_cast<int64_t>(largest) + 1;
+  int64_t low = floor, high = static_cast<int64_t>(largest) + 1;  // count(low) >= least > count(high)
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
     const int found = count_from(list, padded, static_cast<int32_t>(middle));
-    if (found >= least) {
-      low = middle;
-      if (found <= most) break;
-    } else {
-      high = middle;
-    }
+    const bool enough = found >= least;  // selects, not branches: the outcome cannot be predicted
+    low = enough ? middle : low;
+    high = enough ? high : middle;
+    if (enough & (found <= most)) break;
   }
   return static_cast<int32_t>(low);
+}
+
+// Keeps the entries of score >= edge, in their order; both lists have room for whole vectors. Returns how many.
+inline int keep_from(int32_t* score, int32_t* tag, int size, int32_t edge) {
+  int kept = 0, i = 0;
+#if defined(EXPANDER_AVX512)
+  for (; i + kLanes <= size; i += kLanes) {
+    const VI s = load(score + i), t = load(tag + i);
+    const __mmask16 mask = _mm512_cmpge_epi32_mask((__m512i)s, _mm512_set1_epi32(edge));
+    // Whole vectors are written: what lies beyond `kept` up to i + kLanes has been read already.
+    _mm512_storeu_si512(score + kept, _mm512_maskz_compress_epi32(mask, (__m512i)s));
+    _mm512_storeu_si512(tag + kept, _mm512_maskz_compress_epi32(mask, (__m512i)t));
+    kept += popcount(mask);
+  }
+#endif
+  for (; i < size; ++i) {
+    const int32_t s = score[i], t = tag[i];
+    score[kept] = s;
+    tag[kept] = t;
+    kept += s >= edge;
+  }
+  return kept;
 }
 
 // Keeps the k largest of keys[0, count), in any order. keys has room up to a multiple of kKeyLanes.

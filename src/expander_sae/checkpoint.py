@@ -25,14 +25,17 @@ class Checkpoint:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
-        self.identity = identity
+        self.identity = json.loads(json.dumps(identity))  # as it will be read back; what is no JSON fails here
 
     def save(self, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-        """Replace the file with ``(tensors, numbers)``."""
+        """Replace the file with ``(tensors, numbers)``. Raises ``OSError`` if it cannot be written."""
         tensors, numbers = state
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with files.atomic_path(self.path) as temporary:
-            save_file(stored, temporary, {"identity": json.dumps(self.identity), "numbers": json.dumps(numbers)})
+            try:
+                save_file(stored, temporary, {"identity": json.dumps(self.identity), "numbers": json.dumps(numbers)})
+            except SafetensorError as error:  # it wraps the operating system's errors
+                raise OSError(f"could not write {self.path}: {error}") from error
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The saved state, or ``None`` if there is none.
@@ -49,7 +52,7 @@ class Checkpoint:
             identity, numbers = json.loads(header["identity"]), json.loads(header["numbers"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(f"the checkpoint {self.path} cannot be read ({error}); delete it to start afresh") from None
-        different = _differences(identity, json.loads(json.dumps(self.identity)))
+        different = _differences(identity, self.identity)
         if different:
             raise ValueError(
                 f"{self.path} belongs to another run: {'; '.join(different)}. Use the same settings to continue it, "

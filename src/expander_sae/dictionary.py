@@ -98,13 +98,13 @@ class ExpanderMatrix:
         return ops.correlate(h, self.rows, self.values, m=self.d_in)
 
     def topk(self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False) -> SparseCode:
-        return ops.encode_topk(h, self.rows, self.values, b_enc, k, relu=relu, magnitude=magnitude)
+        return ops.encode_topk(h, self.rows, self.values, b_enc, k, relu=relu, magnitude=magnitude, m=self.d_in)
 
     def decode(self, code: SparseCode) -> Tensor:
         return ops.decode(code, self.rows, self.values, self.d_in)
 
     def correlate_at(self, h: Tensor, indices: Tensor) -> Tensor:
-        return ops.correlate_at(h, indices, self.rows, self.values)
+        return ops.correlate_at(h, indices, self.rows, self.values, m=self.d_in)
 
     def gram(self, indices: Tensor) -> Tensor:
         return ops.gram(indices, self.rows, self.values)
@@ -150,12 +150,12 @@ class DenseMatrix:
         return self.weight.device
 
     def correlate(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight)
+        return F.linear(self._fitting(h), self.weight)
 
     def topk(self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False) -> SparseCode:
         if not 1 <= k <= self.d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {k}")
-        indices, values = dense.encode_topk(h.reshape(-1, self.d_in), self.weight, b_enc, k, relu, magnitude)
+        indices, values = dense.encode_topk(self._fitting(h).reshape(-1, self.d_in), self.weight, b_enc, k, relu, magnitude)
         return SparseCode(indices, values).reshape(*h.shape[:-1])
 
     def decode(self, code: SparseCode) -> Tensor:
@@ -164,7 +164,7 @@ class DenseMatrix:
 
     def correlate_at(self, h: Tensor, indices: Tensor) -> Tensor:
         flat = indices.reshape(-1, indices.shape[-1])
-        return dense.correlate_at(h.reshape(-1, self.d_in), flat, self.weight).reshape(indices.shape)
+        return dense.correlate_at(self._fitting(h).reshape(-1, self.d_in), flat, self.weight).reshape(indices.shape)
 
     def gram(self, indices: Tensor) -> Tensor:
         columns = self.columns(indices)
@@ -184,6 +184,11 @@ class DenseMatrix:
 
     def to_dense(self) -> Tensor:
         return self.weight.T
+
+    def _fitting(self, h: Tensor) -> Tensor:
+        if h.shape[-1] != self.d_in:
+            raise ValueError(f"activations have width {h.shape[-1]}, the dictionary has d_in = {self.d_in}")
+        return h
 
 
 class Dictionary(nn.Module):
@@ -362,6 +367,8 @@ class DenseDictionary(Dictionary):
 
 def unit_rows(values: Tensor) -> Tensor:
     """Rows at unit norm; a zero row stays zero."""
+    if values.dtype == torch.float16:  # the smallest norm would be 0 in it
+        return F.normalize(values.float(), dim=1, eps=_SMALLEST_NORM).half()
     return F.normalize(values, dim=1, eps=_SMALLEST_NORM)
 
 

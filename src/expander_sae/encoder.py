@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class TopKEncoder(nn.Module):
 
     def __init__(self, d_sae: int, k: int, *, relu: bool = False, own: Dictionary | None = None) -> None:
         super().__init__()
+        k = operator.index(k)  # a numpy integer is no JSON
         if not 1 <= k <= d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}: a code cannot have more features")
         self.k = k

@@ -30,14 +30,14 @@ class Reconstruction:
         relative_error: mean over samples of ``‖h - ĥ‖ / ‖h‖`` (uncentred; zero vectors are left out of the mean).
         fvu: ``Σ‖h - ĥ‖² / Σ‖h - h̄‖²`` with ``h̄`` the mean over the whole set: the mean predictor scores 1, perfection 0.
         l0: mean number of nonzero coefficients a sample.
-        dead: features that fired (nonzero) for none of the ``tokens``.
+        silent: features that fired (nonzero) for none of the ``tokens``; with few tokens far more than are dead.
         tokens: ``N``.
     """
 
     relative_error: float
     fvu: float
     l0: float
-    dead: int
+    silent: int
     tokens: int
 
 
@@ -83,7 +83,7 @@ class ReconstructionMeter:
             relative_error=self.relative / max(1, self.nonzero_rows),
             fvu=self.error / variance,
             l0=self.active / self.tokens,
-            dead=int((~self.fired).sum()),
+            silent=int((~self.fired).sum()),
             tokens=self.tokens,
         )
 

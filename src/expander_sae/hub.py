@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -48,8 +48,8 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path:
         raise HubError(
             f"there is neither a folder nor a Hub repository {folder_or_id}; a private one needs `hf auth login`"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"the Hugging Face Hub did not deliver {folder_or_id}: {error}") from None
+    except Exception as error:  # the HTTP client's own errors too, and which client that is depends on the version
+        raise HubError(f"the Hugging Face Hub did not deliver {folder_or_id}: {error}") from error
 
 
 def publish(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -68,10 +68,10 @@ def publish(folder: str | Path, repo_id: str, *, private: bool = False, token: s
                 (Path(staging) / name).write_bytes((Path(folder) / name).read_bytes())
             (Path(staging) / CARD_NAME).write_text(model_card(config, repo_id))
             api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload Expander SAE")
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # as above
         raise HubError(
             f"could not publish {repo_id}: {error}. Log in with `hf auth login` (a token with write access), check the network."
-        ) from None
+        ) from error
     return str(address)
 
 
@@ -80,7 +80,7 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     dictionary, encoder = config["dictionary"], config["encoder"]
     header = ["---", "library_name: expander-sae", "tags:", "- sparse-autoencoder", "- mechanistic-interpretability"]
     model = (config.get("trained_on") or {}).get("model")
-    if model and "/" in model:
+    if model and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):  # a Hub id, not a folder's path
         header.append(f"base_model: {model}")
     facts = {
         "Activation width `d_in`": config["d_in"],

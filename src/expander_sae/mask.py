@@ -8,6 +8,7 @@ counter-based generator Philox4x64-10 (Salmon et al., SC 2011), the bounded draw
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,9 +66,12 @@ class Mask:
 
         Raises:
             ValueError: unknown kind, or sizes out of range.
+            TypeError: a size or the seed is not an integer.
         """
         if kind not in KINDS:
             raise ValueError(f"unknown mask kind {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
+        # numpy integers become plain ones: the recipe is written as JSON.
+        d_in, d_sae, degree, seed = (operator.index(number) for number in (d_in, d_sae, degree, seed))
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("degree", degree)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -84,6 +88,7 @@ class Mask:
         rows = torch.as_tensor(rows)
         if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
             raise TypeError(f"rows must be integers, got {rows.dtype}")
+        rows = rows.to(torch.int64)  # torch finds no minimum of its larger unsigned types
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= d_in):
             raise ValueError(f"rows must lie in [0, {d_in}), got [{int(rows.min())}, {int(rows.max())}]")
         return cls(rows.to(torch.int32).sort(dim=-1).values.contiguous(), d_in)

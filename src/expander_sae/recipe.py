@@ -88,11 +88,11 @@ def resolve(*layers: Mapping[str, Any], default_preset: str = "modern") -> Recip
     for layer in layers:
         merged |= layer
     preset = merged.pop("preset", default_preset)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(map(repr, PRESETS))}")
-    unknown = sorted(merged.keys() - FIELDS.keys())
+    unknown = sorted(map(repr, merged.keys() - FIELDS.keys()))
     if unknown:
-        raise ValueError(f"unknown setting {', '.join(map(repr, unknown))}; the settings are {', '.join(sorted(FIELDS))}")
+        raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(FIELDS))}")
     values = PRESETS[preset] | {name: _fit(name, value) for name, value in merged.items()}
     sections = [section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in _SECTIONS]
     return Recipe(preset, *sections)  # type: ignore[arg-type]
@@ -118,13 +118,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def parse_settings(assignments: list[str]) -> dict[str, Any]:
-    """``["lr=1e-3", "steps=200"]`` to a mapping; values are read as YAML."""
+    """``["lr=1e-3", "steps=200"]`` to a mapping; values are read as YAML.
+
+    Raises:
+        ValueError: not of the form ``name=value``, or a value that is no YAML.
+    """
     settings = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"expected name=value, got {assignment!r}")
-        settings[name.strip()] = yaml.safe_load(value)
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {assignment!r} cannot be read as YAML; put text in quotes") from None
     return settings
 
 

@@ -46,7 +46,8 @@ class SAE(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         dictionary = ExpanderDictionary(mask, unit_norm=unit_norm, generator=generator)
-        own = ExpanderDictionary(mask, dictionary.matrix().detach().values, unit_norm=False) if untied else None
+        # A copy: without unit norm the matrix holds the parameter's own memory.
+        own = ExpanderDictionary(mask, dictionary.matrix().values.detach().clone(), unit_norm=False) if untied else None
         return cls(dictionary, TopKEncoder(mask.d_sae, k, relu=relu, own=own))
 
     @classmethod
@@ -174,16 +175,18 @@ class SAE(nn.Module):
         try:
             dictionary = dictionary_from(config["dictionary"], tensors, config["d_in"])
             encoder = encoder_from(config["encoder"], tensors, config["d_in"], config["d_sae"])
+            sae_folder.check_shape(tensors["b_enc"], (config["d_sae"],), "b_enc")
             b_dec = sae_folder.check_shape(tensors["b_dec"], (config["d_in"],), "b_dec")
         except KeyError as missing:
             raise sae_folder.SAEFolderError(f"{folder} lacks {missing}") from None
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise sae_folder.SAEFolderError(f"{folder}: {error}") from None
-        if (dictionary.d_in, dictionary.d_sae) != (config["d_in"], config["d_sae"]):
-            raise sae_folder.SAEFolderError(
-                f"{folder}: the weights are {dictionary.d_in} x {dictionary.d_sae}, "
-                f"the config says {config['d_in']} x {config['d_sae']}"
-            )
+        for part in (dictionary, encoder.own):
+            if part is not None and (part.d_in, part.d_sae) != (config["d_in"], config["d_sae"]):
+                raise sae_folder.SAEFolderError(
+                    f"{folder}: the weights are {part.d_in} x {part.d_sae}, "
+                    f"the config says {config['d_in']} x {config['d_sae']}"
+                )
         sae = cls(dictionary, encoder, {key: config[key] for key in METADATA_KEYS if key in config})
         sae.b_dec = nn.Parameter(b_dec)
         return sae
@@ -205,7 +208,9 @@ class SAE(nn.Module):
         # One pass, no array of flags: a NaN or infinity survives the sum. The guard is left out of compiled graphs.
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(h.detach().sum(dtype=torch.float64))):
             bad = int((~torch.isfinite(h).all(dim=-1)).sum())
-            raise ValueError(f"{bad} of the {h.shape[:-1].numel()} activation vectors hold NaN or infinity; leave them out")
+            if bad:  # none if only the sum overflows
+                vectors = h.shape[:-1].numel()
+                raise ValueError(f"{bad} of the {vectors} activation vectors hold NaN or infinity; leave them out")
 
 
 METADATA_KEYS = ("trained_on", "training", "metrics")

@@ -25,16 +25,27 @@ class SAEFolderError(ValueError):
 
 
 def write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write both files; ``config.json`` last, so a folder that has one is whole."""
+    """Write both files.
+
+    Both are written whole beside their places before either is moved there, ``config.json`` last: whatever fails on the
+    way, an SAE that was in the folder stays, and a folder that has a config is whole.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+        TypeError, ValueError: a config that is no JSON.
+    """
     folder = Path(folder)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.atomic_path(folder / TENSORS_NAME) as temporary:
-        save_file(stored, temporary)
-        digest = files.sha256_file(temporary)
-    whole = {"format": FORMAT, "version": FORMAT_VERSION} | config
-    whole["files"] = {TENSORS_NAME: {"sha256": digest, "bytes": (folder / TENSORS_NAME).stat().st_size}}
-    whole["config_sha256"] = _config_hash(whole)
-    files.atomic_write_json(folder / CONFIG_NAME, whole)
+    with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / TENSORS_NAME) as tensor_file:
+        try:
+            save_file(stored, tensor_file)
+        except SafetensorError as error:  # it wraps the operating system's errors
+            raise OSError(f"could not write {folder / TENSORS_NAME}: {error}") from error
+        whole = {"format": FORMAT, "version": FORMAT_VERSION} | config
+        recorded = {"sha256": files.sha256_file(tensor_file), "bytes": tensor_file.stat().st_size}
+        whole["files"] = {TENSORS_NAME: recorded}
+        whole["config_sha256"] = _config_hash(whole)
+        config_file.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -47,7 +58,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise SAEFolderError(f"{folder} holds no {CONFIG_NAME}: not an SAE folder, or its writing was cut off")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SAEFolderError(f"{path} is not readable JSON ({error}); fetch or save the SAE again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -81,7 +81,8 @@ class _TensorBoard:
 
     def write(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
-            self.writer.add_scalar(name, value, line["step"])
+            if value is not None:
+                self.writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         self.writer.close()

@@ -38,7 +38,7 @@ class TrainConfig:
     lr: float = 3e-4
     """Adam's learning rate at the first step (after warm-up); one cosine period leads down to ``lr_final``."""
     lr_final: float = 1e-5
-    """Learning rate at the last step."""
+    """Where the cosine ends, after the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     clip_norm: float = 1.0
@@ -73,6 +73,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError(f"lr and clip_norm must be positive, got {self.lr} and {self.clip_norm}")
+        endless = [name for name, value in asdict(self).items() if isinstance(value, float) and not math.isfinite(value)]
+        if endless:
+            raise ValueError(f"{', '.join(endless)} must be finite")
         if self.b_dec_init not in ("zero", "mean"):
             raise ValueError(f"b_dec_init must be 'zero' or 'mean', got {self.b_dec_init!r}")
 
@@ -122,7 +125,9 @@ def train(
     identity = {"sae": sae.config() | {"metrics": None, "training": None}, "train": asdict(config), "rows": len(source)}
     checkpoint = None if out is None else Checkpoint(Path(out) / CHECKPOINT_NAME, identity)
     start = 0
-    if checkpoint is not None and not restart and (saved := checkpoint.load()) is not None:
+    if checkpoint is not None and restart:
+        checkpoint.path.unlink(missing_ok=True)
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
         start = loop.restore(saved)
     else:
         loop.initialise()
@@ -210,13 +215,12 @@ class _Loop:
             self._resample(h, residual.detach(), step)
 
     def _auxiliary(self, h: Tensor, residual: Tensor) -> Tensor:
-        """AuxK: the dead features' best attempt at the residual, as a share of its energy, in units of the loss."""
+        """AuxK: the squared error of the dead features' best attempt at the residual."""
         dead = (self.idle_tokens > self.config.dead_after).nonzero().flatten()
         if not len(dead):
             return h.new_zeros(())
         guess = self.sae.reconstruct_with(h, dead, min(self.config.aux_k, len(dead)))
-        share = (residual - guess).square().sum() / residual.square().sum().clamp_min(1e-12)
-        return self.config.aux_coefficient * share * residual.square().sum(dim=1).mean()
+        return self.config.aux_coefficient * (residual - guess).square().sum(dim=1).mean()
 
     def _count(self, code: SparseCode) -> None:
         active = code.indices[code.values != 0].long()
@@ -240,20 +244,27 @@ class _Loop:
         self.resampled += len(features)
 
     def check(self, step: int, tail: list[dict[str, Any]], checkpoint: Checkpoint | None) -> float:
-        """Mean loss since the last look; raises :class:`TrainingDiverged`."""
+        """Mean loss since the last look; raises :class:`TrainingDiverged`. Steps are numbered as in the log."""
         if not self.losses:
             return self.first_loss or 0.0
         losses = torch.stack(self.losses).tolist()
         mean = sum(losses) / len(losses)
+        first = step - len(losses) + 2
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        too_high = self.first_loss is not None and mean > _DIVERGENCE_FACTOR * self.first_loss
-        if bad is not None or too_high:
-            at = step - len(losses) + 1 + (bad or 0)
+        # A gradient can overflow where the loss does not; such weights must reach no checkpoint.
+        broken = [name for name, parameter in self.sae.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        what = None
+        if bad is not None:
+            what = f"at step {first + bad} the loss is not finite"
+        elif broken:
+            what = f"by step {step + 1} {', '.join(broken)} hold NaN or infinity"
+        elif self.first_loss is not None and mean > _DIVERGENCE_FACTOR * self.first_loss:
+            what = f"from step {first} to {step + 1} the loss is {mean / self.first_loss:.0f} times its start"
+        if what:
             curve = ", ".join(f"{line['step']}: {line['loss']:.4g}" for line in tail) or "none logged yet"
             kept = f"The last good checkpoint is {checkpoint.path}." if checkpoint and checkpoint.path.exists() else ""
-            what = "is not finite" if bad is not None else f"is {mean / (self.first_loss or 1):.0f} times its start"
             raise TrainingDiverged(
-                f"training diverged: at step {at} the loss {what}. Logged before (step: loss): {curve}. {kept} "
+                f"training diverged: {what}. Logged before (step: loss): {curve}. {kept} "
                 "Try a lower lr, scale_activations=True, b_dec_init='mean', or another seed."
             )
         return mean
@@ -270,8 +281,8 @@ class _Loop:
         return {
             "step": step + 1,
             "loss": loss / self.scale**2,
-            "fvu": error / variance if variance > 0 else math.inf,
-            "dead": float((self.idle_tokens > self.config.dead_after).double().mean()),
+            "fvu": error / variance if variance > 0 else None,
+            "dead": int((self.idle_tokens > self.config.dead_after).sum()),
             "resampled": self.resampled,
             "lr": self.config.lr_at(step),
             "tokens_per_second": count * self.config.batch_size / elapsed,
@@ -320,6 +331,7 @@ class _Loop:
         return {
             "config": asdict(self.config),
             "rows": len(self.source),
+            "dead": int((self.idle_tokens > self.config.dead_after).sum()),
             "tokens_seen": self.config.steps * self.config.batch_size,
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
@@ -330,7 +342,7 @@ class _Loop:
 
 
 def _note(line: dict[str, Any]) -> str:
-    return f"FVU {line['fvu']:.3f}  dead {line['dead']:.1%}"
+    return f"FVU {line['fvu'] or math.nan:.3f}  dead {line['dead']:,}"
 
 
 @contextmanager

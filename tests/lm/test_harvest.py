@@ -118,6 +118,9 @@ def test_large_norms_are_left_out_and_counted(corpus, tmp_path):
     torch.testing.assert_close(store.rows(slice(None)), rows[keep][:500], rtol=0, atol=1e-4)
     last = int(torch.nonzero(keep).flatten()[499])
     assert abs(store.manifest.left_out_by_norm - int((~keep[: last + 1]).sum())) <= 1
+    strict = run(lm, corpus, tmp_path / "strict", layer=0, max_norm_multiple=1.1)
+    within = rows.norm(dim=1) <= 1.1 * rows.norm(dim=1).median()  # the calibration reads all of this corpus
+    torch.testing.assert_close(strict.rows(slice(None)), rows[within][:500], rtol=0, atol=1e-4)
     unguarded = run(lm, corpus, tmp_path / "all", layer=0, max_norm_multiple=None)
     torch.testing.assert_close(unguarded.rows(slice(None)), rows[:500], rtol=0, atol=1e-4)
 

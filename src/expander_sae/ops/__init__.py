@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expander_sae.ops import library
+from expander_sae.ops import cpu, library
 from expander_sae.ops.code import SparseCode
 from expander_sae.ops.library import resolve_backend
 
@@ -42,18 +42,21 @@ def encode_topk(
     *,
     relu: bool = False,
     magnitude: bool = False,
+    m: int | None = None,
     backend: str | None = None,
 ) -> SparseCode:
     """The ``k`` largest entries of ``Wᵀh + b_enc`` as a code; see :func:`reference.encode_topk` for ties and NaN.
 
     Raises:
-        ValueError: ``k`` outside ``[1, n]``.
+        ValueError: ``k`` outside ``[1, n]``, or ``b_enc`` not of shape ``(n,)``, or ``h`` not of width ``m``.
         TypeError: ``h`` is not floating point.
     """
     n = rows.shape[0]
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and d_sae = {n}, got {k}")
-    flat = _flat(h, None)
+    if b_enc is not None and b_enc.shape != (n,):
+        raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
+    flat = _flat(h, m)
     indices, code = library.encode_topk(flat, rows, values, b_enc, k, relu, magnitude, backend or "")
     return SparseCode(indices, code).reshape(*h.shape[:-1])
 
@@ -66,10 +69,10 @@ def decode(code: SparseCode, rows: Tensor, values: Tensor, m: int, *, backend: s
 
 
 def correlate_at(
-    h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, *, backend: str | None = None
+    h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, *, m: int | None = None, backend: str | None = None
 ) -> Tensor:
     """Correlations with the named features only: ``(..., k)``."""
-    flat = _flat(h, None)
+    flat = _flat(h, m)
     out = library.correlate_at(flat, indices.reshape(-1, indices.shape[-1]), rows, values, backend or "")
     return out.reshape(indices.shape)
 
@@ -96,4 +99,4 @@ def _flat(h: Tensor, m: int | None) -> Tensor:
 
 def has_fast_cpu() -> bool:
     """Whether the C++ kernels were built into this installation."""
-    return resolve_backend(None, torch.device("cpu")) == "cpu"
+    return cpu.available(torch.device("cpu"))

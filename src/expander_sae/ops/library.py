@@ -1,7 +1,7 @@
 """The hot operations as ``torch.library`` operators: dispatch to a backend, fake-tensor rules, autograd.
 
 ``torch.ops.expander_sae.<name>`` works on flat ``(B, ...)`` tensors; :mod:`expander_sae.ops` is the public surface.
-Gradients flow over active features only, through the same four operators, so they can be taken twice.
+Gradients flow over active features only, through the same operators, so they can be taken twice.
 """
 
 from __future__ import annotations
@@ -200,11 +200,29 @@ def _(indices, rows, values, backend=""):
     return values.new_empty(*indices.shape, indices.shape[1])
 
 
+def _gram_context(ctx, inputs, output) -> None:
+    indices, rows, values, _backend = inputs
+    ctx.save_for_backward(indices, rows, values)
+
+
+def _gram_backward(ctx, grad: Tensor):
+    # w_i stands in row i and in column i of its sample's matrix. Plain PyTorch: no hot path takes this gradient.
+    indices, rows, values = ctx.saved_tensors
+    wide = reference.accumulate_dtype(grad.dtype)
+    picked = indices.long()
+    r, v = rows[picked], values.to(wide)[picked]
+    shared = (r[:, :, None, :, None] == r[:, None, :, None, :]).to(wide)
+    terms = torch.einsum("bij,bijtu,bju->bit", (grad + grad.mT).to(wide), shared, v)
+    out = torch.zeros(rows.shape, dtype=wide, device=grad.device)
+    return None, None, out.index_add(0, picked.flatten(), terms.flatten(0, 1)).to(values.dtype), None
+
+
 for _operator, _backward, _context in (
     (correlate, _correlate_backward, _correlate_context),
     (encode_topk, _encode_backward, _encode_context),
     (decode, _decode_backward, _decode_context),
     (correlate_at, _correlate_at_backward, _correlate_at_context),
     (values_grad, _values_grad_backward, _values_grad_context),
+    (gram, _gram_backward, _gram_context),
 ):
     torch.library.register_autograd(_operator._opoverload, _backward, setup_context=_context)

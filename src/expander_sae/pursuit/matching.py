@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from expander_sae.dictionary import Dictionary, Matrix
-from expander_sae.pursuit import selection
+from expander_sae.pursuit import cpu, selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import nonnegative_support, solve_support
 from expander_sae.pursuit.omp import check_tolerance
@@ -24,6 +26,7 @@ def matching_pursuit(
     nonnegative: bool = False,
     signed: bool = False,
     b_dec: Tensor | None = None,
+    backend: str | None = None,
 ) -> PursuitCode:
     """Matching pursuit (Mallat & Zhang 1993), by default without reselection and with one final least-squares refit.
 
@@ -43,6 +46,7 @@ def matching_pursuit(
         nonnegative: positive correlations only. With ``reselect`` coefficients only grow.
         signed: select by the largest signed correlation instead of the magnitude.
         b_dec: ``(m,)``, subtracted from ``h`` first.
+        backend: as :func:`~expander_sae.pursuit.omp.omp`; the kernels update correlations instead of recomputing them.
 
     Returns:
         The code, features in order of their first selection; ``iterations`` counts selections.
@@ -60,7 +64,10 @@ def matching_pursuit(
         values, used = final(problem, solution.features, solution.used)
         return solution._replace(values=values, used=used)
 
-    return run(solve, h, dictionary, k, b_dec)
+    fast = None
+    if not nonnegative:
+        fast = partial(cpu.matching_pursuit, k=k, reselect=reselect, refit=refit, tol=tol, signed=signed)
+    return run(solve, h, dictionary, k, b_dec, fast=fast, backend=backend)
 
 
 def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool, nonnegative: bool) -> Solution:
@@ -77,9 +84,9 @@ def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool,
         if not bool(live.any()):
             break
         correlations = matrix.correlate(residual)
-        score = selection.scores(correlations, blocked, signed)
+        score = selection.scores(correlations, blocked, signed, floor)
         strength, feature = selection.best(score, 1)
-        live = live & (strength[:, 0] > floor)
+        live = live & (strength[:, 0] > 0)
         amount = torch.where(live.unsqueeze(1), correlations.gather(1, feature), 0.0)
         known = used & (features == feature)
         slot = torch.where(known.any(dim=1), known.int().argmax(dim=1), used.sum(dim=1).clamp_max(k - 1)).unsqueeze(1)
@@ -133,9 +140,9 @@ def _gradient(problem: Problem, steps: int, tol: float | None, nonnegative: bool
     blocked = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=residual.device)
     live = residual.norm(dim=1) > enough
     for selected in range(k):
-        score = selection.scores(matrix.correlate(residual), blocked, nonnegative)
+        score = selection.scores(matrix.correlate(residual), blocked, nonnegative, floor)
         strength, feature = selection.best(score, 1)
-        live = live & (strength[:, 0] > floor)
+        live = live & (strength[:, 0] > 0)
         if not bool(live.any()):
             break
         # A sample that is done never becomes live again, so every live one has `selected` features.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import Dictionary, Matrix
-from expander_sae.pursuit import selection
+from expander_sae.dictionary import Dictionary, ExpanderMatrix, Matrix
+from expander_sae.pursuit import cpu, selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import ActiveSet, nonnegative_step, pivot_floor
-from expander_sae.pursuit.problem import Problem, Solution, run
+from expander_sae.pursuit.problem import Problem, Solution, as_matrix, run
 
 
 def omp(
@@ -23,6 +25,7 @@ def omp(
     nonnegative: bool = False,
     signed: bool = False,
     b_dec: Tensor | None = None,
+    backend: str | None = None,
 ) -> PursuitCode:
     """Orthogonal matching pursuit: rounds of selection by correlation with the residual, each followed by a least-squares refit.
 
@@ -46,6 +49,8 @@ def omp(
             which may drop features again; a dropped one may come back.
         signed: select by the largest signed correlation, as the paper's implementation does; coefficients stay free.
         b_dec: ``(m,)``, subtracted from ``h`` first.
+        backend: ``None`` takes the C++ kernels where they apply (an expander dictionary on the CPU, float32, not
+            ``nonnegative``) and PyTorch elsewhere; ``"reference"`` takes PyTorch, ``"cpu"`` the kernels or an error.
 
     Returns:
         The code, features in order of selection; ``iterations`` counts rounds.
@@ -57,13 +62,17 @@ def omp(
     if not 1 <= block <= k:
         raise ValueError(f"block must be between 1 and k = {k}, got {block}")
     check_tolerance(tol)
+    matrix = as_matrix(dictionary)
+    if disjoint and not isinstance(matrix, ExpanderMatrix):
+        raise ValueError("disjoint=True keeps the rows of a round's columns apart: it needs an expander dictionary")
 
     def solve(problem: Problem) -> Solution:
         if nonnegative:
             return _nonnegative_omp(problem, block, disjoint, tol)
         return _omp(problem, block, disjoint, tol, signed)
 
-    return run(solve, h, dictionary, k, b_dec)
+    fast = None if nonnegative else partial(cpu.omp, k=k, block=block, disjoint=disjoint, tol=tol, signed=signed)
+    return run(solve, h, matrix, k, b_dec, fast=fast, backend=backend)
 
 
 def check_tolerance(tol: float | None) -> None:
@@ -73,8 +82,7 @@ def check_tolerance(tol: float | None) -> None:
 
 
 def _candidates(problem: Problem, score: Tensor, count: int, disjoint: bool) -> tuple[Tensor, Tensor]:
-    count = min(count, problem.matrix.d_sae)
-    if disjoint:
+    if disjoint and isinstance(problem.matrix, ExpanderMatrix):
         return selection.best_disjoint(score, count, problem.matrix)
     return selection.best(score, count)
 
@@ -87,12 +95,13 @@ def _omp(problem: Problem, block: int, disjoint: bool, tol: float | None, signed
     rounds = torch.zeros_like(active.count)
     live = residual.norm(dim=1) > enough
     while bool(live.any()):
-        score = selection.scores(problem.matrix.correlate(residual), blocked, signed)
-        strength, features = _candidates(problem, score, min(block, problem.k - int(active.count[live].min())), disjoint)
-        live = live & (strength[:, 0] > floor)
-        for place in range(features.shape[1]):
+        score = selection.scores(problem.matrix.correlate(residual), blocked, signed, floor)
+        strength, features = _candidates(problem, score, block, disjoint)
+        live = live & (strength[:, 0] > 0)
+        room = problem.k - active.count  # what the round may look at: a dependent column takes a place, too
+        for place in range(block):
             feature = features[:, place]
-            wanted = live & (active.count < problem.k) & (strength[:, place] > floor)
+            wanted = live & (room > place) & (strength[:, place] > 0)
             active.append(feature, wanted)
             # Taken or dependent, a feature is not looked at again.
             blocked.scatter_(1, feature.unsqueeze(1), blocked.gather(1, feature.unsqueeze(1)) | wanted.unsqueeze(1))
@@ -120,18 +129,18 @@ def _nonnegative_omp(problem: Problem, block: int, disjoint: bool, tol: float | 
     # Every step lowers the residual over a new support, so this ends; Lawson & Hanson cap it at 3k like everyone after.
     for _ in range(3 * k):
         blocked = futile.scatter(1, features, futile.gather(1, features) | active) if k else futile
-        score = selection.scores(matrix.correlate(residual), blocked, True)
+        score = selection.scores(matrix.correlate(residual), blocked, True, floor)
         strength, chosen = _candidates(problem, score, block, disjoint)
-        live = live & (strength[:, 0] > floor)
+        live = live & (strength[:, 0] > 0)
         if not bool(live.any()):
             break
         rounds += live
-        for place in range(chosen.shape[1]):
+        for place in range(block):
             feature = chosen[:, place]
             column = matrix.columns(feature)
             # Earlier columns of this block may have explained what this one promised.
             useful = (column * residual).sum(dim=1) > floor
-            wanted = live & useful & (strength[:, place] > floor) & ~active.all(dim=1)
+            wanted = live & useful & (strength[:, place] > 0) & ~active.all(dim=1)
             slot = active.to(torch.int8).argmin(dim=1)
             clock += 1
             rows, cols = sample[wanted], slot[wanted]

@@ -17,6 +17,7 @@ from torch import Tensor
 from expander_sae.dictionary import DenseMatrix, Dictionary, ExpanderMatrix, Matrix
 from expander_sae.ops import SparseCode
 from expander_sae.ops.reference import accumulate_dtype
+from expander_sae.pursuit import cpu
 from expander_sae.pursuit.code import PursuitCode
 
 WORKING_BYTES = 1 << 28  # memory a solver may use for its per-sample arrays; a batch beyond it is worked off in chunks
@@ -104,6 +105,8 @@ def run(
     b_dec: Tensor | None,
     *,
     cells: Callable[[Matrix], int] | None = None,
+    fast: Callable[[Tensor, ExpanderMatrix, Tensor], dict[str, Any]] | None = None,
+    backend: str | None = None,
 ) -> PursuitCode:
     """Check the inputs, run ``solver`` chunk by chunk, and bring the code back to the units of ``h``.
 
@@ -114,6 +117,8 @@ def run(
         k: features a sample.
         b_dec: ``(m,)``, subtracted from ``h`` first; ``None`` for zero.
         cells: floats a sample needs in memory; default: what a greedy solver needs.
+        fast: the same solver in C++, called with all samples, unit columns and the norms they had; ``None`` if there is none.
+        backend: ``None`` (C++ where it applies), ``"reference"`` (PyTorch) or ``"cpu"`` (C++ or an error).
 
     Raises:
         TypeError: ``h`` is not floating point, or the dictionary is of no known kind.
@@ -130,6 +135,10 @@ def run(
         if not bool(flat.isfinite().all()):
             bad = int((~flat.isfinite().all(dim=1)).sum())
             raise ValueError(f"{bad} of {flat.shape[0]} samples have entries that are not finite; leave them out first")
+        if cpu.chosen(backend, unit, wide, supported=fast is not None) and fast is not None and isinstance(unit, ExpanderMatrix):
+            result = fast(flat, unit, norms)
+            result["values"] = result["values"].to(h.dtype)
+            return PursuitCode(**result).reshape(*h.shape[:-1])
         # Plus what every solver keeps: factor, Gram and columns of its support.
         per_sample = cells(unit) if cells else SCORE_ARRAYS * matrix.d_sae + 2 * k * k + k * matrix.d_in
         parts, first = [], 0

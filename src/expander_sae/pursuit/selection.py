@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import ExpanderMatrix, Matrix
+from expander_sae.dictionary import ExpanderMatrix
 from expander_sae.ops.reference import top_positions
 
-_CANDIDATES_A_PICK = 8  # row-disjoint picks are nearly always found among this many candidates each
+CANDIDATES_A_PICK = 8  # a row-disjoint round looks at this many features for each one it takes
 
 
-def scores(correlations: Tensor, blocked: Tensor, signed: bool) -> Tensor:
-    """``(B, n)``: what is maximised, ``|c|`` or signed ``c``; -1 where ``blocked``. No useful score is below 0."""
-    return (correlations if signed else correlations.abs()).masked_fill(blocked, -1.0)
+def scores(correlations: Tensor, blocked: Tensor, signed: bool, floor: Tensor) -> Tensor:
+    """``(B, n)``: what is maximised, ``|c|`` or signed ``c``; -1 where ``blocked`` or not above ``floor (B,)``, which is at least 0."""
+    score = correlations if signed else correlations.abs()
+    return score.masked_fill(blocked | ~(score > floor.unsqueeze(1)), -1.0)
 
 
 def best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -25,17 +26,13 @@ def best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return score.gather(1, position), position
 
 
-def best_disjoint(score: Tensor, count: int, matrix: Matrix) -> tuple[Tensor, Tensor]:
+def best_disjoint(score: Tensor, count: int, matrix: ExpanderMatrix) -> tuple[Tensor, Tensor]:
     """``count`` features, best first, none of which shares a row with an earlier one (THEORY C.3, C.12 e).
 
-    Where fewer than ``count`` such features exist, the best of the others follow.
+    They are looked for among the ``8 · count`` best; where those hold fewer, the best of the others follow.
 
-    Raises:
-        ValueError: the matrix has no supports to keep apart.
     """
-    if not isinstance(matrix, ExpanderMatrix):
-        raise ValueError("disjoint=True keeps the rows of a round's columns apart: it needs an expander dictionary")
-    width = min(_CANDIDATES_A_PICK * count, matrix.d_sae)
+    width = min(CANDIDATES_A_PICK * count, matrix.d_sae)
     strength, candidates = best(score, width)
     rows = matrix.rows[candidates].long()  # (B, C, d)
     taken = torch.zeros(score.shape[0], matrix.d_in, dtype=torch.bool, device=score.device)
@@ -47,27 +44,4 @@ def best_disjoint(score: Tensor, count: int, matrix: Matrix) -> tuple[Tensor, Te
         taken.scatter_(1, rows[:, place], taken.gather(1, rows[:, place]) | take.unsqueeze(1))
     order = accepted.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :count]
     strength, candidates = strength.gather(1, order), candidates.gather(1, order)
-    short = (accepted.sum(dim=1) < count).nonzero().squeeze(1)
-    if short.numel() and width < matrix.d_sae:
-        strength[short], candidates[short] = _disjoint_from_all(score[short], count, matrix)
     return strength, candidates
-
-
-def _disjoint_from_all(score: Tensor, count: int, matrix: ExpanderMatrix) -> tuple[Tensor, Tensor]:
-    """The same choice over all ``n`` features: one argmax a pick, columns that touch a taken row masked."""
-    left = score.clone()
-    rejected = torch.zeros_like(score, dtype=torch.bool)
-    picks = []
-    rows = matrix.rows.long()
-    for _ in range(count):
-        free = left.masked_fill(rejected, -1.0)
-        none_free = free.amax(dim=1, keepdim=True) <= 0
-        pick = torch.where(none_free, left, free).argmax(dim=1, keepdim=True)
-        picks.append(pick)
-        left.scatter_(1, pick, -1.0)
-        touched = torch.zeros(score.shape[0], matrix.d_in, dtype=torch.bool, device=score.device)
-        touched.scatter_(1, rows[pick.squeeze(1)], ~none_free.expand(-1, rows.shape[1]))
-        for t in range(rows.shape[1]):
-            rejected |= touched[:, rows[:, t]]
-    features = torch.cat(picks, dim=1)
-    return score.gather(1, features), features

@@ -235,7 +235,7 @@ def _exchange(problem: Problem, added: int, steps: int, tol: float | None) -> So
         if not bool(live.any()):
             break
         held = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=values.device)
-        score = selection.scores(matrix.correlate(now.residual), held.scatter_(1, now.features, True), False)
+        score = selection.scores(matrix.correlate(now.residual), held.scatter_(1, now.features, True), False, torch.zeros_like(norm))
         _, more = selection.best(score, extra)
         pool = torch.cat([now.features, more], dim=1)
         pooled, _ = solve_support(problem, pool, torch.ones_like(pool, dtype=torch.bool))

@@ -34,7 +34,7 @@ EVALUATION_COLUMNS = (
     Column("rel. error", number("relative_error", ".3f")),
     Column("FVU", number("fvu", ".3f")),
     Column("L0", number("l0", ".1f")),
-    Column("dead", lambda row: f"{row['dead']:,} ({row['dead'] / row['d_sae']:.1%})"),
+    Column("dead", number("dead", ",")),
     Column("CE rec.", number("ce_recovered", ".3f")),
     Column("CE clean", number("ce_clean", ".3f")),
     Column("CE zero", number("ce_zero", ".3f")),
@@ -45,15 +45,14 @@ EVALUATION_COLUMNS = (
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str = "") -> None:
-    """Print to standard output, never cutting a cell: narrow terminals wrap lines."""
+    """Print to standard output at full width: a narrow terminal wraps lines, but no figure is cut off."""
     table = Table(title=title or None, title_justify="left")
     for column in columns:
         table.add_column(column.heading, justify="left" if column is columns[0] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(column.show(row) for column in columns))
-    console = Console()
-    width = console.measure(table).maximum
-    console.print(table, width=max(width, console.width), crop=False, soft_wrap=True)
+    needed = Console(width=1000).measure(table).maximum
+    Console(width=max(needed, Console().width)).print(table)
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -1,0 +1,56 @@
+// Pursuits on an expander dictionary: argument records, the kernel table of an instruction set, the drivers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace expander {
+
+struct PursuitArgs {
+  const float* h;        // (B, m)
+  const int32_t* rows;   // (n, d)
+  const float* values;   // (n, d), unit columns or zero columns
+  const float* norms;    // (n,), what the columns were divided by
+  int32_t* indices;      // (B, k), in order of selection; unused slots are left as they are (the caller zeroes them)
+  float* code;           // (B, k)
+  float* residual_norms; // (B,)
+  int32_t* iterations;   // (B,)
+  int32_t* used;         // (B,), features in the code; -1 for a sample with entries that are not finite
+  int64_t B, m, n, d, k;
+  float tol;             // of the sample's norm; negative: stop at rounding error only
+  bool positive;         // select by signed correlation instead of the magnitude
+  // omp
+  int64_t block;
+  bool disjoint;
+  // matching pursuit
+  bool reselect, refit;
+};
+
+// W by rows: row i holds the columns column[start[i]] ... column[start[i + 1] - 1] with their entries.
+struct ByRow {
+  const int64_t* start;    // (m + 1,)
+  const int32_t* column;   // (n d,)
+  const float* value;      // (n d,)
+};
+
+struct PursuitKernels {
+  int lanes;  // samples side by side in a group
+  size_t (*matching_scratch_bytes)(const PursuitArgs&);
+  void (*matching_tile)(const PursuitArgs&, const ByRow&, const int32_t* offsets, int64_t first, int count, void* scratch);
+  size_t (*omp_scratch_bytes)(const PursuitArgs&, int groups);
+  void (*omp_tile)(const PursuitArgs&, const int32_t* offsets, int64_t first, int count, int groups, void* scratch);
+};
+
+const PursuitKernels* pursuit_kernels_plain();
+#ifdef EXPANDER_HAS_AVX2
+const PursuitKernels* pursuit_kernels_avx2();
+#endif
+#ifdef EXPANDER_HAS_AVX512
+const PursuitKernels* pursuit_kernels_avx512();
+#endif
+
+// Both throw std::out_of_range when a row is outside [0, m). Bits do not depend on the number of threads.
+void matching_pursuit(const PursuitArgs&, int threads);
+void orthogonal_matching_pursuit(const PursuitArgs&, int threads);
+
+}  // namespace expander
