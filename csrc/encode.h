@@ -21,7 +21,7 @@ using expander::EncodeArgs;
 using expander::EncodeJob;
 
 constexpr int kBlock = 32;     // features between two looks at the lists
-constexpr int kUnrolled = 4;   // candidates of a feature taken without a branch
+constexpr int kStream = 2048;  // candidates of a tile kept in order of arrival before they go to their lanes' lists
 constexpr int kMaxGroup = 16;  // blocks in the first sample: 32 group maxima of up to 16 features each
 
 EXPANDER_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -31,12 +31,10 @@ EXPANDER_INLINE int64_t list_limit(int64_t k, int64_t features) {
   const int64_t limit = 4 * k + 128;
   return limit < features ? limit : features;
 }
-EXPANDER_INLINE int64_t list_room(int64_t k, int64_t features) {
-  return round_up(list_limit(k, features) + kBlock, 16);
-}
+EXPANDER_INLINE int64_t list_room(int64_t k, int64_t features) { return round_up(list_limit(k, features) + 1, 16); }
 
 struct Layout {
-  size_t tile, scores, block, passed, list_scores, list_tags, keys, total;
+  size_t tile, scores, block, passed, stream_z, stream_tag, stream_lane, list_scores, list_tags, keys, total;
 };
 
 EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
@@ -52,7 +50,10 @@ EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
   at.tile = take(a.m * width * 4);
   at.scores = take(int64_t{kBlock} * kMaxGroup * width * 4);
   at.block = take(int64_t{kBlock} * width * 4);
-  at.passed = take((int64_t{kBlock} * width + kUnrolled) * 4);
+  at.passed = take(2 * (int64_t{kBlock} * width + 64));
+  at.stream_z = take((kStream + int64_t{kBlock} * width + kLanes) * 4);
+  at.stream_tag = take((kStream + int64_t{kBlock} * width) * 4);
+  at.stream_lane = take(kStream + int64_t{kBlock} * width);
   at.list_scores = take(room * width * 4);
   at.list_tags = take(room * width * 4);
   at.keys = take((sort_room(a.k) > room ? sort_room(a.k) : room) * 8);
@@ -68,6 +69,12 @@ EXPANDER_INLINE int wanted(int64_t k, int64_t seen, int64_t features) {
   return want < static_cast<double>(k) ? static_cast<int>(want) : static_cast<int>(k);
 }
 
+#if defined(EXPANDER_AVX512)
+alignas(64) const uint8_t kLaneNumbers[64] = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+    32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+#endif
+
 template <int kVectors, bool kMagnitude>
 class TileEncoder {
  public:
@@ -79,7 +86,11 @@ class TileEncoder {
     tile_ = reinterpret_cast<float*>(base + at.tile);
     scores_ = reinterpret_cast<float*>(base + at.scores);
     block_ = reinterpret_cast<float*>(base + at.block);
-    passed_ = reinterpret_cast<int32_t*>(base + at.passed);
+    passed_lane_ = reinterpret_cast<uint8_t*>(base + at.passed);
+    passed_feature_ = passed_lane_ + kBlock * kWidth + 64;
+    stream_z_ = reinterpret_cast<float*>(base + at.stream_z);
+    stream_tag_ = reinterpret_cast<int32_t*>(base + at.stream_tag);
+    stream_lane_ = reinterpret_cast<uint8_t*>(base + at.stream_lane);
     list_scores_ = reinterpret_cast<int32_t*>(base + at.list_scores);
     list_tags_ = reinterpret_cast<int32_t*>(base + at.list_tags);
     keys_ = reinterpret_cast<int64_t*>(base + at.keys);
@@ -198,7 +209,7 @@ class TileEncoder {
       for (int v = 0; v < kVectors; ++v) store(block_ + f * kWidth + v * kLanes, acc[v]);
       passed = pass(acc, threshold, f, passed);
     }
-    distribute(start, block_, passed);
+    collect(start, block_, passed);
   }
 
   void append_stored_block(int64_t start, const float* z) {
@@ -211,41 +222,76 @@ class TileEncoder {
       for (int v = 0; v < kVectors; ++v) acc[v] = load(z + f * kWidth + v * kLanes);
       passed = pass(acc, threshold, f, passed);
     }
-    distribute(start, z, passed);
+    collect(start, z, passed);
   }
 
-  // Appends f * kWidth + lane to passed_ for the lanes at or above their threshold. Whether a score passes cannot be
-  // predicted, so the first few are written unconditionally; a branch remains for the rare feature with more.
+  // Notes the lanes of feature f at or above their threshold, if possible without a branch: whether a score passes cannot
+  // be predicted, and a misprediction also stops the loads that run ahead.
   EXPANDER_INLINE int pass(VF (&acc)[kVectors], const VF (&threshold)[kVectors], int f, int passed) {
     if constexpr (kMagnitude) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) acc[v] = absolute(acc[v]);
     }
     uint64_t mask = not_less(acc, threshold) & lanes_;  // a lane without a sample collects nothing
-    const int count = popcount(mask);
-    int32_t* to = passed_ + passed;
-#pragma GCC unroll 4
-    for (int i = 0; i < kUnrolled; ++i) {
-      to[i] = f * kWidth + (__builtin_ctzll(mask) & 63);
-      mask &= mask - 1;
+#if defined(EXPANDER_AVX512)
+    const __m512i lanes = _mm512_load_si512(kLaneNumbers);
+    _mm512_storeu_si512(passed_lane_ + passed, _mm512_maskz_compress_epi8(mask, lanes));
+    _mm512_storeu_si512(passed_feature_ + passed, _mm512_set1_epi8(static_cast<char>(f)));
+    return passed + popcount(mask);
+#else
+    for (; mask != 0; mask &= mask - 1, ++passed) {
+      passed_lane_[passed] = static_cast<uint8_t>(__builtin_ctzll(mask));
+      passed_feature_[passed] = static_cast<uint8_t>(f);
     }
-    for (to += kUnrolled; mask != 0; mask &= mask - 1) *to++ = f * kWidth + __builtin_ctzll(mask);
-    return passed + count;
+    return passed;
+#endif
   }
 
-  // Moves the candidates of a block to the lists of their lanes.
-  void distribute(int64_t start, const float* z, int passed) {
+  // Moves the candidates of a block, whose scores are still near, to the stream.
+  EXPANDER_INLINE void collect(int64_t start, const float* z, int passed) {
+    // Byte stores may alias anything, members included: locals keep the compiler from reloading those.
     const int32_t first_tag = tag_of(static_cast<int32_t>(start));
+    const uint8_t* __restrict lane = passed_lane_;
+    const uint8_t* __restrict feature = passed_feature_;
+    float* __restrict to_z = stream_z_ + stream_size_;
+    int32_t* __restrict to_tag = stream_tag_ + stream_size_;
+    uint8_t* __restrict to_lane = stream_lane_ + stream_size_;
     for (int i = 0; i < passed; ++i) {
-      const int32_t id = passed_[i];
-      const int lane = id & (kWidth - 1);
-      const int64_t at = lane * room_ + size_[lane]++;
-      const float x = z[id];
-      const int32_t tag = first_tag - id / kWidth * 2;
-      list_scores_[at] = ordered(kMagnitude ? __builtin_fabsf(x) : x);
-      list_tags_[at] = kMagnitude ? tag | static_cast<int32_t>(float_to_bits(x) >> 31) : tag;
+      const int l = lane[i], f = feature[i];
+      to_z[i] = z[f * kWidth + l];
+      to_tag[i] = first_tag - 2 * f;
+      to_lane[i] = static_cast<uint8_t>(l);
     }
-    if (passed > 0) cut_full_lists();
+    stream_size_ += passed;
+    if (stream_size_ >= kStream) distribute();
+  }
+
+  // Moves the stream to the lists of its lanes.
+  void distribute() {
+    int32_t* const score = reinterpret_cast<int32_t*>(stream_z_);
+    for (int i = 0; i < stream_size_; i += kLanes) {
+      const VF z = load(stream_z_ + i);
+      if constexpr (kMagnitude) {
+        for (int l = 0; l < kLanes && i + l < stream_size_; ++l) stream_tag_[i + l] |= z[l] < 0;
+      }
+      store(score + i, ordered(kMagnitude ? absolute(z) : z));
+    }
+    const int32_t* __restrict tag = stream_tag_;
+    const uint8_t* __restrict lanes = stream_lane_;
+    int32_t* const list_scores = list_scores_;
+    int32_t* const list_tags = list_tags_;
+    const int64_t room = room_;
+    const auto limit = static_cast<int32_t>(limit_);
+    const int count = stream_size_;
+    for (int i = 0; i < count; ++i) {
+      const int lane = lanes[i];
+      const int32_t size = size_[lane];
+      list_scores[lane * room + size] = score[i];
+      list_tags[lane * room + size] = tag[i];
+      size_[lane] = size + 1;
+      if (__builtin_expect(size >= limit, 0)) cut(lane);
+    }
+    stream_size_ = 0;
   }
 
   // The threshold of each lane from the scores of the first blocks: feature f of every block belongs to group f, and the
@@ -293,28 +339,13 @@ class TileEncoder {
 
   // Drops candidates that more than enough others beat, judged by the share of the features seen.
   void raise_thresholds(int64_t seen) {
+    distribute();
     const int want = wanted(keep_, seen, features_);
     for (int lane = 0; lane < job_.count; ++lane) {
       if (size_[lane] <= want + want / 4 + 4) continue;
       int32_t* const score = list_scores_ + lane * room_;
       set_threshold(lane, find_edge(score, size_[lane], want, want + want / 8 + 2, floor_[lane]));
       size_[lane] = keep_from(score, list_tags_ + lane * room_, size_[lane], floor_[lane]);
-    }
-  }
-
-  void cut_full_lists() {
-    VI longest = load(size_);
-#pragma GCC unroll 16
-    for (int v = 1; v < kVectors; ++v) {
-      const VI x = load(size_ + v * kLanes);
-      longest = x > longest ? x : longest;
-    }
-    const VI full = longest > splat(static_cast<int32_t>(limit_));
-    bool any = false;
-    for (int l = 0; l < kLanes; ++l) any |= full[l] != 0;
-    if (!any) return;
-    for (int lane = 0; lane < job_.count; ++lane) {
-      if (size_[lane] > limit_) cut(lane);
     }
   }
 
@@ -339,6 +370,7 @@ class TileEncoder {
   }
 
   int finish() {
+    distribute();
     int failed = 0;
     for (int lane = 0; lane < job_.count; ++lane) {
       const int64_t sample = job_.samples != nullptr ? job_.samples[lane] : job_.first + lane;
@@ -391,7 +423,12 @@ class TileEncoder {
   float* tile_;
   float* scores_;
   float* block_;
-  int32_t* passed_;
+  uint8_t* passed_lane_;
+  uint8_t* passed_feature_;
+  float* stream_z_;
+  int32_t* stream_tag_;
+  uint8_t* stream_lane_;
+  int stream_size_ = 0;
   int32_t* list_scores_;
   int32_t* list_tags_;
   int64_t* keys_;

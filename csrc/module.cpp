@@ -31,7 +31,10 @@ void sparse(
 
 }  // namespace
 
+void bind_pursuit(nb::module_& module);  // pursuit_module.cpp
+
 NB_MODULE(_kernels, module) {
+  bind_pursuit(module);
   parallel_runtime();  // remembers the process it was loaded in
   module.def(
       "encode_topk",

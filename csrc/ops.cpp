@@ -21,7 +21,7 @@ std::vector<const Kernels*> find_tables() {
 #endif
 #ifdef EXPANDER_HAS_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("fma")) {
     tables.push_back(kernels_avx512());
   }
 #endif

@@ -26,11 +26,13 @@ struct PursuitArgs {
   bool reselect, refit;
 };
 
-// W by rows: row i holds the columns column[start[i]] ... column[start[i + 1] - 1] with their entries.
+// W by rows: row i holds the columns column[start[i]] ... column[start[i + 1] - 1] with their entries, filled up to a
+// multiple of kRowPadding with entries 0 of a column n that does not exist.
+constexpr int kRowPadding = 8;
 struct ByRow {
-  const int64_t* start;    // (m + 1,)
-  const int32_t* column;   // (n d,)
-  const float* value;      // (n d,)
+  const int64_t* start;   // (m + 1,)
+  const int32_t* column;
+  const float* value;
 };
 
 struct PursuitKernels {

@@ -2,28 +2,34 @@
 // contiguous loads and no gather; supports and their least squares are kept sample by sample (THEORY C.2, C.3).
 #pragma once
 
-#include "pursuit_tile.h"
+#include "pursuit_factor.h"
+#include "pursuit_picker.h"
 
 namespace {
 
-constexpr int64_t kPile = 4 * kLanes;       // scores whose maximum is kept together in a block selection
-constexpr int64_t kCandidatesAPick = 8;     // row-disjoint picks are looked for among this many candidates each
+constexpr int64_t kCandidatesAPick = 8;  // a row-disjoint round looks at this many features for each one it takes
 
 struct Lane {
   Factor factor;
   Scale scale;
-  float floor, enough, norm;
+  float floor, enough;
   int64_t rounds;
-  int32_t* passed_over;  // features found dependent
-  int64_t passed;
-  bool live;
+  uint64_t* passed_over;  // features found dependent, a bit each
+  bool passed, live;
 };
+
+EXPANDER_INLINE void pass_over(Lane& lane, int32_t feature) {
+  lane.passed_over[feature / 64] |= uint64_t{1} << feature % 64;
+  lane.passed = true;
+}
 
 struct OmpScratch {
   float *target, *residual;  // (m, width)
-  float *best, *scores;      // (width), and (kLanes, stride) for block selection
+  float *best, *norm;        // (width)
   int32_t* best_at;
+  float* scores;             // (kLanes, stride); one sample's for block = 1
   float* pile_max;
+  float* sample;             // (kLanes, m)
   int32_t *picks, *refused;
   uint8_t* row_taken;
   Lane* lanes;
@@ -33,13 +39,16 @@ struct OmpScratch {
   OmpScratch(const PursuitArgs& a, int groups, void* memory) {
     Arena arena{static_cast<char*>(memory)};
     width = static_cast<int64_t>(groups) * kLanes;
-    stride = (a.n + kPile - 1) / kPile * kPile;
+    const int64_t piles = (a.n + kPile - 1) / kPile;
+    stride = piles * kPile + kLanes;  // an odd number of cache lines: samples do not share cache sets
     target = arena.take<float>(a.m * width);
     residual = arena.take<float>(a.m * width);
     best = arena.take<float>(width);
+    norm = arena.take<float>(width);
     best_at = arena.take<int32_t>(width);
-    scores = arena.take<float>(stride * kLanes);
-    pile_max = arena.take<float>(padded(stride / kPile));
+    scores = arena.take<float>(a.block > 1 ? stride * kLanes : stride);
+    pile_max = arena.take<float>(padded(piles));
+    sample = arena.take<float>(a.m * kLanes);
     picks = arena.take<int32_t>(a.block);
     refused = arena.take<int32_t>(a.block);
     row_taken = arena.take<uint8_t>(a.m);
@@ -47,14 +56,11 @@ struct OmpScratch {
     for (int64_t l = 0; l < width; ++l) {
       Factor factor;
       factor.place(arena, a);
-      int32_t* const passed_over = arena.take<int32_t>(a.n);
+      auto* const passed_over = arena.take<uint64_t>((a.n + 63) / 64);
       if (memory == nullptr) continue;
-      lanes[l].factor = factor;
-      lanes[l].factor.initialise();
-      lanes[l].passed_over = passed_over;
-      lanes[l].passed = 0;
-      lanes[l].rounds = 0;
-      lanes[l].live = false;
+      factor.initialise();
+      std::memset(passed_over, 0, static_cast<size_t>((a.n + 63) / 64) * sizeof(uint64_t));
+      lanes[l] = Lane{factor, Scale{0, 0.0f, true}, 0.0f, 0.0f, 0, passed_over, false, false};
     }
     if (memory != nullptr) std::memset(row_taken, 0, static_cast<size_t>(a.m));
     bytes = arena.at;
@@ -64,104 +70,75 @@ struct OmpScratch {
 size_t omp_scratch_bytes(const PursuitArgs& a, int groups) { return OmpScratch(a, groups, nullptr).bytes; }
 
 // For every sample of the tile the first of the features with the largest score. offsets = rows * width.
-template <int kGroups, bool kPositive>
-void best_features(
-    const float* r, const int32_t* offsets, const float* values, int64_t n, int64_t d, float* best, int32_t* best_at) {
-  VF top[kGroups];
-  VI at[kGroups];
-  for (int g = 0; g < kGroups; ++g) {
-    top[g] = splat(-1.0f);
-    at[g] = VI{};
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const int32_t* place = offsets + j * d;
-    const float* value = values + j * d;
-    VF total[kGroups];
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) total[g] = VF{};
-    for (int64_t t = 0; t < d; ++t) {
-      const float* p = r + place[t];
-      const VF x = splat(value[t]);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) total[g] += x * load(p + g * kLanes);
-    }
-    const VI index = splat(static_cast<int32_t>(j));
-#pragma GCC unroll 4
+template <int kGroups>
+struct BestFeatures {
+  const float* r;
+  const int32_t* offsets;
+  const float* values;
+  int64_t n, degree;
+  bool positive;
+  float* best;
+  int32_t* best_at;
+
+  template <int kDegree>
+  void run() const {
+    const int64_t d = kDegree > 0 ? kDegree : degree;
+    const VI magnitude = splat(positive ? -1 : 0x7fffffff);
+    VF top[kGroups];
+    VI at[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      const VF score = kPositive ? total[g] : absolute(total[g]);
-      const VI better = score > top[g];
-      top[g] = better ? score : top[g];
-      at[g] = better ? index : at[g];
+      top[g] = splat(-1.0f);
+      at[g] = VI{};
     }
-  }
-  for (int g = 0; g < kGroups; ++g) {
-    store(best + g * kLanes, top[g]);
-    store(best_at + g * kLanes, at[g]);
-  }
-}
-
-// Scores of one sample, largest first: piles of scores under their maxima, which may be stale (too large) and are mended
-// when they come up.
-class Picker {
- public:
-  Picker(float* scores, float* pile_max, int64_t stride) : scores_(scores), pile_max_(pile_max), piles_(stride / kPile) {
-    for (int64_t pile = 0; pile < piles_; ++pile) pile_max_[pile] = largest_in(pile);
-    for (int64_t pile = piles_; pile < padded(piles_); ++pile) pile_max_[pile] = -1.0f;
-  }
-
-  // The first of the largest scores, which is taken out; -1 when its score does not exceed `floor`.
-  int32_t pop(float floor) {
-    for (;;) {
-      VF best = splat(-1.0f);
-      for (int64_t p = 0; p < piles_; p += kLanes) best = greater_of(load(pile_max_ + p), best);
-      const float largest = max_lanes(best);
-      if (!(largest > floor)) return -1;
-      int64_t pile = 0;
-      while (pile_max_[pile] != largest) ++pile;
-      const float really = largest_in(pile);
-      if (really < largest) {
-        pile_max_[pile] = really;
-        continue;
+    VI index = VI{};
+    for (int64_t j = 0; j < n; ++j) {
+      const int32_t* place = offsets + j * d;
+      const float* value = values + j * d;
+      VF total[kGroups];
+      for (int g = 0; g < kGroups; ++g) total[g] = VF{};
+#pragma GCC unroll 16
+      for (int64_t t = 0; t < d; ++t) {
+        const float* p = r + place[t];
+        const VF x = splat(value[t]);
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) total[g] += x * load(p + g * kLanes);
       }
-      int64_t j = pile * kPile;
-      while (scores_[j] != largest) ++j;
-      scores_[j] = -1.0f;
-      return static_cast<int32_t>(j);
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        const VF score = as_float(as_int(total[g]) & magnitude);
+        const VI better = score > top[g];
+        top[g] = better ? score : top[g];
+        at[g] = better ? index : at[g];
+      }
+      index += 1;
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      store(best + g * kLanes, top[g]);
+      store(best_at + g * kLanes, at[g]);
     }
   }
-
- private:
-  float largest_in(int64_t pile) const {
-    VF best = splat(-1.0f);
-    for (int64_t i = 0; i < kPile; i += kLanes) best = greater_of(load(scores_ + pile * kPile + i), best);
-    return max_lanes(best);
-  }
-
-  float *scores_, *pile_max_;
-  int64_t piles_;
 };
 
-void prepare_scores(const PursuitArgs& a, const Lane& lane, float* scores, int64_t stride) {
-  if (!a.positive) {
-    for (int64_t j = 0; j < stride; j += kLanes) store(scores + j, absolute(load(scores + j)));
+void leave_out(const PursuitArgs& a, const Lane& lane, float* scores) {
+  const Support& support = lane.factor.support;
+  for (int64_t s = 0; s < support.count(); ++s) scores[support.features()[s]] = -1.0f;
+  if (!lane.passed) return;
+  for (int64_t word = 0; word < (a.n + 63) / 64; ++word) {
+    for (uint64_t bits = lane.passed_over[word]; bits != 0; bits &= bits - 1) scores[word * 64 + __builtin_ctzll(bits)] = -1.0f;
   }
-  for (int64_t j = a.n; j < stride; ++j) scores[j] = -1.0f;
-  for (int64_t s = 0; s < lane.factor.count(); ++s) scores[lane.factor.features()[s]] = -1.0f;
-  for (int64_t i = 0; i < lane.passed; ++i) scores[lane.passed_over[i]] = -1.0f;
 }
 
 // Up to `wanted` features into s.picks, best first.
 int64_t pick_block(const PursuitArgs& a, OmpScratch& s, Picker& picker, float floor, int64_t wanted) {
+  int64_t count = 0, refused = 0;
   if (!a.disjoint) {
-    int64_t count = 0;
-    while (count < wanted) {
+    for (; count < wanted; ++count) {
       const int32_t j = picker.pop(floor);
       if (j < 0) break;
-      s.picks[count++] = j;
+      s.picks[count] = j;
     }
     return count;
   }
-  int64_t count = 0, refused = 0;
   for (int64_t seen = 0; seen < kCandidatesAPick * a.block && count < wanted; ++seen) {
     const int32_t j = picker.pop(floor);
     if (j < 0) break;
@@ -185,14 +162,14 @@ int64_t pick_block(const PursuitArgs& a, OmpScratch& s, Picker& picker, float fl
 
 // One round of one sample whose scores stand in `scores`. Returns false when nothing could be taken.
 bool take_block(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r, float* scores) {
-  prepare_scores(a, lane, scores, s.stride);
-  Picker picker(scores, s.pile_max, s.stride);
+  leave_out(a, lane, scores);
+  Picker picker(scores, s.pile_max, a.n);
   const int64_t before = lane.factor.count();
   const int64_t wanted = a.block < a.k - before ? a.block : a.k - before;
   const int64_t count = pick_block(a, s, picker, lane.floor, wanted);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t j = s.picks[i];
-    if (!lane.factor.append(j, correlation(a, j, r, s.width))) lane.passed_over[lane.passed++] = j;
+    if (!lane.factor.append(j, correlation(a, j, r, s.width))) pass_over(lane, j);
   }
   lane.factor.settle(before);
   return count > 0;
@@ -200,9 +177,12 @@ bool take_block(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r,
 
 // One round with block = 1 of a sample whose best feature is of no use: next best, until one is independent.
 bool take_next_best(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r) {
-  for (int64_t j = 0; j < a.n; ++j) s.scores[j] = correlation(a, static_cast<int32_t>(j), r, s.width);
-  prepare_scores(a, lane, s.scores, s.stride);
-  Picker picker(s.scores, s.pile_max, s.stride);
+  for (int64_t j = 0; j < a.n; ++j) {
+    const float c = correlation(a, static_cast<int32_t>(j), r, s.width);
+    s.scores[j] = a.positive ? c : std::fabs(c);
+  }
+  leave_out(a, lane, s.scores);
+  Picker picker(s.scores, s.pile_max, a.n);
   const int64_t before = lane.factor.count();
   for (;;) {
     const int32_t j = picker.pop(lane.floor);
@@ -211,63 +191,75 @@ bool take_next_best(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float
       lane.factor.settle(before);
       return true;
     }
-    lane.passed_over[lane.passed++] = j;
+    pass_over(lane, j);
   }
-}
-
-void finish_round(const PursuitArgs& a, OmpScratch& s, int64_t l) {
-  Lane& lane = s.lanes[l];
-  ++lane.rounds;
-  lane.factor.residual(s.target + l, s.residual + l, s.width);
-  lane.norm = norm_of(s.residual + l, a.m, s.width);
-  lane.live = lane.factor.count() < a.k && lane.norm > lane.enough;
 }
 
 template <int kGroups>
 void single_round(const PursuitArgs& a, const int32_t* offsets, OmpScratch& s, int count) {
-  if (a.positive) best_features<kGroups, true>(s.residual, offsets, a.values, a.n, a.d, s.best, s.best_at);
-  else best_features<kGroups, false>(s.residual, offsets, a.values, a.n, a.d, s.best, s.best_at);
+  by_degree(a.d, BestFeatures<kGroups>{s.residual, offsets, a.values, a.n, a.d, a.positive, s.best, s.best_at});
   for (int l = 0; l < count; ++l) {
     Lane& lane = s.lanes[l];
     if (!lane.live) continue;
     const float* r = s.residual + l;
     const int32_t j = s.best_at[l];
-    bool taken = s.best[l] > lane.floor;
-    if (taken) {
-      const int64_t before = lane.factor.count();
-      if (!lane.factor.holds(j) && lane.factor.append(j, correlation(a, j, r, s.width))) lane.factor.settle(before);
-      else taken = take_next_best(a, s, lane, r);
+    lane.live = s.best[l] > lane.floor;
+    if (!lane.live) continue;
+    const int64_t before = lane.factor.count();
+    if (!lane.factor.support.holds(j) && lane.factor.append(j, correlation(a, j, r, s.width))) {
+      lane.factor.settle(before);
+    } else {
+      lane.live = take_next_best(a, s, lane, r);
     }
-    if (taken) finish_round(a, s, l);
-    else lane.live = false;
+    lane.rounds += lane.live;
   }
 }
 
 void block_round(const PursuitArgs& a, const int32_t* offsets, OmpScratch& s, int count) {
   for (int first = 0; first < count; first += kLanes) {
-    correlate_group(s.residual + first, offsets, a.values, a.n, a.d, s.stride, s.scores);
+    by_degree(a.d, CorrelateGroup{s.residual + first, offsets, a.values, a.n, a.d, s.stride, s.scores, !a.positive});
     for (int l = first; l < count && l < first + kLanes; ++l) {
       Lane& lane = s.lanes[l];
       if (!lane.live) continue;
-      if (take_block(a, s, lane, s.residual + l, s.scores + (l - first) * s.stride)) finish_round(a, s, l);
-      else lane.live = false;
+      lane.live = take_block(a, s, lane, s.residual + l, s.scores + (l - first) * s.stride);
+      lane.rounds += lane.live;
     }
+  }
+}
+
+// residual = target - W x and its norm, for every sample.
+void update_residuals(const PursuitArgs& a, OmpScratch& s, int count) {
+  std::memcpy(s.residual, s.target, static_cast<size_t>(a.m * s.width) * sizeof(float));
+  for (int l = 0; l < count; ++l) {
+    s.lanes[l].factor.support.subtract(s.lanes[l].factor.coefficients(), s.residual + l, s.width);
+  }
+  for (int64_t base = 0; base < s.width; base += kLanes) {
+    VF squares[4] = {VF{}, VF{}, VF{}, VF{}};
+    for (int64_t i = 0; i < a.m; ++i) {
+      const VF x = load(s.residual + i * s.width + base);
+      squares[i % 4] += x * x;
+    }
+    const VF total = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    for (int l = 0; l < kLanes; ++l) s.norm[base + l] = std::sqrt(total[l]);
   }
 }
 
 void omp_tile(const PursuitArgs& a, const int32_t* offsets, int64_t first, int count, int groups, void* memory) {
   OmpScratch s(a, groups, memory);
-  for (int64_t l = 0; l < s.width; ++l) {
-    if (l >= count) {
-      for (int64_t i = 0; i < a.m; ++i) s.target[i * s.width + l] = 0.0f;
-      continue;
+  for (int64_t base = 0; base < s.width; base += kLanes) {
+    const float* rows[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      rows[l] = nullptr;
+      if (base + l >= count) continue;
+      Lane& lane = s.lanes[base + l];
+      float* const sample = s.sample + l * a.m;
+      rows[l] = sample;
+      lane.scale = load_sample(a.h + (first + base + l) * a.m, a.m, sample);
+      lane.floor = kFloor * lane.scale.norm;
+      lane.enough = enough_for(a, lane.scale);
+      lane.live = lane.scale.norm > lane.enough;
     }
-    Lane& lane = s.lanes[l];
-    lane.scale = load_sample(a.h + (first + l) * a.m, a.m, s.target + l, s.width);
-    lane.norm = lane.scale.norm;
-    lane.floor = kFloor * lane.scale.norm;
-    lane.enough = enough_for(a, lane.scale);
-    lane.live = lane.norm > lane.enough;
+    to_tile(rows, a.m, s.width, s.target + base);
   }
   std::memcpy(s.residual, s.target, static_cast<size_t>(a.m * s.width) * sizeof(float));
   for (;;) {
@@ -276,16 +268,19 @@ void omp_tile(const PursuitArgs& a, const int32_t* offsets, int64_t first, int c
     if (!any) break;
     if (a.block > 1) block_round(a, offsets, s, count);
     else if (groups == 1) single_round<1>(a, offsets, s, count);
-    else if (groups == 2) single_round<2>(a, offsets, s, count);
-    else single_round<4>(a, offsets, s, count);
+    else single_round<2>(a, offsets, s, count);
+    update_residuals(a, s, count);
+    for (int l = 0; l < count; ++l) {
+      Lane& lane = s.lanes[l];
+      lane.live = lane.live && lane.factor.count() < a.k && s.norm[l] > lane.enough;
+    }
   }
+  for (int l = 0; l < count; ++l) s.lanes[l].factor.refine(s.residual + l, s.width);
+  update_residuals(a, s, count);
   for (int l = 0; l < count; ++l) {
-    Lane& lane = s.lanes[l];
-    lane.factor.residual(s.target + l, s.residual + l, s.width);
-    lane.factor.refine(s.residual + l, s.width);
-    lane.factor.residual(s.target + l, s.residual + l, s.width);
-    write_code(a, first + l, lane.scale, lane.factor.features(), lane.factor.coefficients(), lane.factor.count(),
-               norm_of(s.residual + l, a.m, s.width), lane.rounds);
+    const Lane& lane = s.lanes[l];
+    write_code(a, first + l, lane.scale, lane.factor.support.features(), lane.factor.coefficients(), lane.factor.count(),
+               s.norm[l], lane.rounds);
   }
 }
 

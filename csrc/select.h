@@ -11,11 +11,13 @@ namespace {
 constexpr int32_t kOrderedInf = 0x7f800000;
 constexpr int64_t kLowestKey = INT64_MIN;
 
-EXPANDER_INLINE int32_t ordered(float z) {
-  const auto bits = static_cast<int32_t>(float_to_bits(z + 0.0f));
-  const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return (bits & 0x7fffffff) > kOrderedInf ? INT32_MAX : key;
+EXPANDER_INLINE VI ordered(VF z) {
+  const VI bits = as_int(z + 0.0f);  // -0 becomes +0
+  const VI key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return (bits & 0x7fffffff) > kOrderedInf ? splat(INT32_MAX) : key;
 }
+
+EXPANDER_INLINE int32_t ordered(float z) { return ordered(splat(z))[0]; }
 
 EXPANDER_INLINE float unordered(int32_t key) {
   return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));

@@ -14,7 +14,8 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VBMI2__)
 #define EXPANDER_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #define EXPANDER_AVX2 1

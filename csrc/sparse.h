@@ -89,6 +89,8 @@ template <class Float>
 EXPANDER_INLINE const typename Sum<Float>::type* wide_row(const SparseArgs& a, int64_t b, void* scratch) {
   using S = typename Sum<Float>::type;
   const auto* h = static_cast<const typename Float::type*>(a.h) + b * a.m;
+  // The next row, whole: entries are picked at random, which no hardware prefetcher foresees.
+  if (b + 1 < a.B) fetch(h + a.m, a.m * static_cast<int64_t>(sizeof(*h)));
   if constexpr (sizeof(typename Float::type) == sizeof(S)) {
     return reinterpret_cast<const S*>(h);
   } else {
@@ -173,17 +175,20 @@ bool values_grad_as(const SparseArgs& a, int64_t first, int64_t last, void* scra
 template <class Float>
 bool gram_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
   using S = typename Sum<Float>::type;
+  constexpr bool kDirect = sizeof(typename Float::type) == sizeof(S);
   const int64_t entries = a.k * a.d, square = a.k * a.k;
   auto* base = static_cast<char*>(scratch);
-  S* const sums = reinterpret_cast<S*>(base);
-  S* const value = sums + square;
-  auto* const head = reinterpret_cast<int32_t*>(value + entries);
+  S* const value = reinterpret_cast<S*>(base);
+  S* const buffer = value + entries;
+  auto* const head = reinterpret_cast<int32_t*>(buffer + (kDirect ? 0 : square));
   auto* const next = head + a.m;
   auto* const slot = next + entries;
   bool good = true;
   for (int64_t i = 0; i < a.m; ++i) head[i] = -1;
   for (int64_t b = begin; b < end; ++b) {
     const int32_t* index = a.indices + b * a.k;
+    auto* const out = static_cast<typename Float::type*>(a.out) + b * square;
+    S* const sums = kDirect ? reinterpret_cast<S*>(out) : buffer;
     std::memset(sums, 0, static_cast<size_t>(square) * sizeof(S));
     int32_t used = 0;
     for (int64_t s = 0; s < a.k; ++s) {
@@ -195,30 +200,31 @@ bool gram_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
       }
       const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
       const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
-      S* const line = sums + s * a.k;
+      S square_norm = 0;
       for (int64_t t = 0; t < a.d; ++t) {
         const int32_t row = rows[t];
         const S x = values[t];
+        square_norm += x * x;
+        for (int32_t e = head[row]; e >= 0; e = next[e]) {
+          const S product = x * value[e];
+          sums[s * a.k + slot[e]] += product;
+          sums[slot[e] * a.k + s] += product;
+        }
         value[used] = x;
         slot[used] = static_cast<int32_t>(s);
         next[used] = head[row];
-        head[row] = used;
-        for (int32_t e = used; e >= 0; e = next[e]) line[slot[e]] += x * value[e];
-        ++used;
+        head[row] = used++;
       }
+      sums[s * a.k + s] += square_norm;
     }
     for (int64_t s = 0; s < a.k; ++s) {
-      if (!valid(a, index[s])) continue;
-      const int32_t* rows = a.rows + static_cast<int64_t>(index[s]) * a.d;
+      const int32_t feature = index[s];
+      if (!good && !valid(a, feature)) continue;
+      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
       for (int64_t t = 0; t < a.d; ++t) head[rows[t]] = -1;
     }
-    auto* const out = static_cast<typename Float::type*>(a.out) + b * square;
-    for (int64_t i = 0; i < a.k; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        const auto x = Float::store(sums[i * a.k + j]);
-        out[i * a.k + j] = x;
-        out[j * a.k + i] = x;
-      }
+    if constexpr (!kDirect) {
+      for (int64_t i = 0; i < square; ++i) out[i] = Float::store(sums[i]);
     }
   }
   return good;

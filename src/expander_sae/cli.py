@@ -149,7 +149,6 @@ def train(
     import yaml
 
     from expander_sae import files, recipe
-    from expander_sae.experiments.demo import trained_on
     from expander_sae.store import ActivationStore
     from expander_sae.train import TrainingDiverged
     from expander_sae.train import train as run
@@ -160,7 +159,7 @@ def train(
     settings = recipe.resolve(recipe.read_config(config) if config else {}, given, recipe.parse_settings(set_ or []))
     source = ActivationStore.open(store)
     sae = settings.sae.build(source.d_in).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sae.metadata["trained_on"] = trained_on(source)
+    sae.metadata["trained_on"] = source.origin()
     effective = yaml.safe_dump(settings.to_dict(), sort_keys=False).encode()
     try:
         summary = run(sae, source, settings.train, out, restart=restart, trackers=tuple(track or ()))
@@ -187,16 +186,17 @@ def evaluate(
     """Evaluate SAEs inside their language model: relative error, FVU, L0, dead features, CE recovered.
 
     CE is next-token cross-entropy with the layer's residual stream left alone (clean), set to zero, or replaced by the
-    reconstruction, at every position but the first unless told otherwise.
+    reconstruction, at every position but the first unless told otherwise. The columns "OMP" read the same dictionary by
+    orthogonal matching pursuit: the difference is what the SAE's own encoder leaves on the table.
     """
     from expander_sae import files
     from expander_sae import lm as language
-    from expander_sae.evaluate import evaluate_in_model
+    from expander_sae.evaluate import evaluation_rows
     from expander_sae.experiments.record import environment
     from expander_sae.report.table import EVALUATION_COLUMNS, print_table
     from expander_sae.sae import SAE
 
-    loaded = {name: SAE.from_pretrained(name) for name in saes}
+    loaded = {name.rstrip("/"): SAE.from_pretrained(name) for name in saes}
     origins = [sae.metadata.get("trained_on") or {} for sae in loaded.values()]
     model = model or _agreed(origins, "model", "--model")
     layer = _agreed(origins, "layer", "--layer") if layer is None else layer
@@ -204,19 +204,7 @@ def evaluate(
     lm = language.load_model(model)
     source = text or (preset.text if preset else language.PILE)
     chosen = language.sample_windows(lm.tokenizer, source, split, window, windows)  # type: ignore[arg-type]
-    results = evaluate_in_model(loaded, lm, list(chosen), layer, replaced=replaced)  # type: ignore[arg-type]
-    rows = [
-        {
-            "name": Path(name).name,
-            "d_sae": sae.d_sae,
-            "num_values": sae.num_values,
-            "num_bytes": sae.num_bytes,
-            "dead": (sae.metadata.get("training") or {}).get("dead"),
-            "train_seconds": (sae.metadata.get("training") or {}).get("seconds"),
-        }
-        | results[name].to_dict()
-        for name, sae in loaded.items()
-    ]
+    rows = evaluation_rows(loaded, lm, list(chosen), layer, replaced=replaced)  # type: ignore[arg-type]
     print_table(rows, EVALUATION_COLUMNS)
     print(f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}")
     if out:
@@ -240,7 +228,7 @@ def info(
             "activation store": f"{len(store):,} x {store.d_in}" + ("" if manifest.complete else " (unfinished)"),
             "on disk": f"{files.human_bytes(manifest.num_bytes)} in {len(manifest.shards)} shards",
             "left out": f"{manifest.left_out_by_position:,} by position, {manifest.left_out_by_norm:,} by norm",
-            **{name: value for name, value in vars(manifest.meta).items()},
+            **vars(manifest.meta),
             "hashes": f"all {len(manifest.shards)} shards match their SHA-256",
         }
     else:

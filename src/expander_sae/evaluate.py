@@ -211,6 +211,42 @@ def evaluate_in_model(
     }
 
 
+def evaluation_rows(
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    windows: Sequence[Tensor],
+    layer: int,
+    *,
+    replaced: Replaced = "all-but-first",
+) -> list[dict[str, Any]]:
+    """One flat row an SAE: its sizes, :class:`InModel` under its own encoder, and under OMP (``omp_...``).
+
+    The same dictionary read by OMP shows what the encoder leaves on the table: the amortisation gap. Arguments and
+    errors as :func:`evaluate_in_model`.
+    """
+    pursued = {f"{name} (OMP)": sae.with_encoder("omp") for name, sae in saes.items()}
+    results = evaluate_in_model({**saes, **pursued}, lm, windows, layer, replaced=replaced)
+    rows = []
+    for name, sae in saes.items():
+        best = results[f"{name} (OMP)"].to_dict()
+        under_omp = {f"omp_{key}": best[key] for key in ("relative_error", "fvu", "ce_recon", "ce_recovered", "seconds")}
+        training = sae.metadata.get("training") or {}
+        facts = {
+            "name": name,
+            "dictionary": sae.dictionary.kind,
+            "degree": sae.dictionary.config().get("degree"),
+            "encoder": sae.encoder.kind,
+            "d_sae": sae.d_sae,
+            "k": sae.k,
+            "num_values": sae.num_values,
+            "num_bytes": sae.num_bytes,
+            "dead": training.get("dead"),
+            "train_seconds": training.get("seconds"),
+        }
+        rows.append(facts | results[name].to_dict() | under_omp)
+    return rows
+
+
 def _with_positions(clean: Tensor, new: Tensor, first: int) -> Tensor:
     return torch.cat([clean[:, :first], new], dim=1)
 

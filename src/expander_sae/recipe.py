@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from expander_sae.mask import Mask
+from expander_sae.pursuit import SOLVERS, check_options
 from expander_sae.sae import SAE
 from expander_sae.train import TrainConfig
 
@@ -29,20 +30,33 @@ class SAEConfig:
     """Rows each column of an expander uses."""
     mask: Literal["left-regular", "balanced"] = "left-regular"
     """How the mask is drawn."""
-    encoder: Literal["tied", "untied"] = "tied"
-    """Whether the encoder shares the decoder's values."""
+    encoder: str = "tied"
+    """``tied`` (reads with the decoder's values), ``untied`` (with its own), or the name of a pursuit, such as ``omp``."""
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the pursuit, such as ``{block: 8, disjoint: true}``."""
     relu: bool = False
     """Clip the selected values at 0."""
     seed: int = 0
     """Draws the mask and the initial values; also :attr:`TrainConfig.seed`."""
 
+    def __post_init__(self) -> None:
+        if self.encoder in ("tied", "untied"):
+            if self.encoder_options:
+                raise ValueError(f"the {self.encoder} encoder has no options, got {self.encoder_options}")
+        elif self.encoder in SOLVERS:
+            check_options(self.encoder, self.encoder_options)
+        else:
+            raise ValueError(f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(SOLVERS)}), got {self.encoder!r}")
+
     def build(self, d_in: int) -> SAE:
         """The untrained SAE. Raises ``ValueError`` for sizes that do not fit."""
         untied = self.encoder == "untied"
         if self.dictionary == "dense":
-            return SAE.dense(d_in, self.d_sae, k=self.k, untied=untied, relu=self.relu, seed=self.seed)
-        mask = Mask.build(self.mask, d_in=d_in, d_sae=self.d_sae, degree=self.degree, seed=self.seed)
-        return SAE.expander(mask, self.k, untied=untied, relu=self.relu, seed=self.seed)
+            sae = SAE.dense(d_in, self.d_sae, k=self.k, untied=untied, relu=self.relu, seed=self.seed)
+        else:
+            mask = Mask.build(self.mask, d_in=d_in, d_sae=self.d_sae, degree=self.degree, seed=self.seed)
+            sae = SAE.expander(mask, self.k, untied=untied, relu=self.relu, seed=self.seed)
+        return sae if self.encoder in ("tied", "untied") else sae.with_encoder(self.encoder, **self.encoder_options)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,7 +68,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "resample_every": 0,
         "aux_k": 256,
         "batch_size": 1024,
-        "lr": 2e-3,
+        "lr": 1e-2,
+        "lr_final": 0.0,
+        "warmup_steps": 50,
+    },
+    "pursuit": {
+        "encoder": "matching-pursuit",
+        "b_dec_init": "mean",
+        "scale_activations": True,
+        "resample_every": 250,
+        "batch_size": 1024,
+        "lr": 2e-2,
         "lr_final": 0.0,
         "warmup_steps": 50,
     },
@@ -138,13 +162,17 @@ def parse_settings(assignments: list[str]) -> dict[str, Any]:
 def _fit(name: str, value: Any) -> Any:
     """``value`` as the field's type; YAML reads ``1e-3`` as a string and ``1`` as an integer."""
     hint = FIELDS[name]
-    choices = get_args(hint)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
         if value in choices:
             return value
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if hint is bool:
-        if isinstance(value, bool):
+    if get_origin(hint) is dict:
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"{name} must be a mapping such as {{block: 8}}, got {value!r}")
+    if hint in (bool, str):
+        if isinstance(value, hint):
             return value
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from expander_sae import hub, sae_folder
 from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, dictionary_from
-from expander_sae.encoder import TopKEncoder, encoder_from
+from expander_sae.encoder import Encoder, PursuitEncoder, TopKEncoder, encoder_from
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 
@@ -28,7 +28,7 @@ class SAE(nn.Module):
         metadata: ``trained_on``, ``training``, ``metrics``: stored with the weights, shown on the model card.
     """
 
-    def __init__(self, dictionary: Dictionary, encoder: TopKEncoder, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, dictionary: Dictionary, encoder: Encoder, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.dictionary = dictionary
         self.encoder = encoder
@@ -101,6 +101,23 @@ class SAE(nn.Module):
         """Bytes of everything on disk: values, supports that no recipe redraws, biases."""
         return sae_folder.tensor_bytes(self._stored_tensors())
 
+    def with_encoder(self, solver: str, *, k: int | None = None, **options: Any) -> SAE:
+        """The same dictionary and ``b_dec`` (shared, not copied) read by a pursuit: ``sae.with_encoder("omp", block=8)``.
+
+        Args:
+            solver: a name of :data:`expander_sae.pursuit.SOLVERS`.
+            k: features a sample; default as now.
+            options: the solver's.
+
+        Raises:
+            ValueError: unknown solver or option, ``k`` outside ``[1, d_sae]``.
+        """
+        encoder = PursuitEncoder(self.d_sae, self.k if k is None else k, solver, options)
+        # Metrics were measured under another encoder.
+        other = SAE(self.dictionary, encoder, {key: self.metadata[key] for key in self.metadata if key != "metrics"})
+        other.b_dec = self.b_dec
+        return other
+
     def encode(self, h: Tensor) -> SparseCode:
         """The code of ``h (..., d_in)``: ``indices`` int32 and ``values``, both ``(..., k)``.
 
@@ -144,7 +161,7 @@ class SAE(nn.Module):
         Exact: TopK and ReLU commute with a positive factor, so only the biases (and nothing in ``W``) change.
         """
         self.b_dec /= factor
-        self.encoder.b_enc /= factor
+        self.encoder.rescale_(factor)
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds beside the file hashes."""
@@ -175,7 +192,6 @@ class SAE(nn.Module):
         try:
             dictionary = dictionary_from(config["dictionary"], tensors, config["d_in"])
             encoder = encoder_from(config["encoder"], tensors, config["d_in"], config["d_sae"])
-            sae_folder.check_shape(tensors["b_enc"], (config["d_sae"],), "b_enc")
             b_dec = sae_folder.check_shape(tensors["b_dec"], (config["d_in"],), "b_dec")
         except KeyError as missing:
             raise sae_folder.SAEFolderError(f"{folder} lacks {missing}") from None

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import atomic_path, atomic_write_json, require_free_space, sha256_file
-from .sources import ActivationSource, RowIndex, count_not_finite, row_numbers
-from .sources import TensorSource as TensorSource  # the store's sibling in memory, importable from here too
+from expander_sae.files import atomic_path, atomic_write_json, require_free_space, sha256_file
+from expander_sae.sources import ActivationSource, RowIndex, count_not_finite, row_numbers
+from expander_sae.sources import TensorSource as TensorSource  # the store's sibling in memory, importable from here too
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -186,6 +186,11 @@ class ActivationStore(ActivationSource):
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.manifest.meta.dtype]
+
+    def origin(self) -> dict[str, Any]:
+        """What an SAE trained on these activations records of them: model, layer, text, how they were chosen."""
+        names = ("model", "revision", "hook", "layer", "text", "window", "skip_positions", "max_norm_multiple")
+        return {name: getattr(self.manifest.meta, name) for name in names} | {"rows": len(self)}
 
     def __len__(self) -> int:
         return int(self._starts[-1])

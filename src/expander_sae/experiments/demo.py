@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.evaluate import evaluate_in_model
+from expander_sae.evaluate import evaluation_rows
 from expander_sae.experiments.record import write_results
 from expander_sae.files import cache_dir
-from expander_sae.recipe import Recipe, SAEConfig, resolve
+from expander_sae.recipe import Recipe, resolve
 from expander_sae.report.frontier import plot_frontier
 from expander_sae.report.table import EVALUATION_COLUMNS, print_table
 from expander_sae.sae import SAE
 from expander_sae.store import ActivationStore
-from expander_sae.train import TrainConfig, train
+from expander_sae.train import train
 
+METRICS = ("relative_error", "fvu", "l0", "ce_clean", "ce_zero", "ce_recon", "ce_recovered", "replaced", "tokens")
 LAYER = language.PRESETS[language.EMBEDDED].layers[0]
 WINDOW = 256
 
@@ -45,14 +46,18 @@ QUICK = replace(FULL, steps=200, batch_size=512, held_out_windows=8)
 
 
 def arms(d_in: int, d_sae: int, k: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The SAEs compared, as settings: an expander a degree, the dense SAE, a matched-width dense SAE a degree.
+    """The SAEs compared, as settings.
 
-    A matched dense SAE has ``n' = d·n/m`` tied features, so that it learns as many values as its expander.
+    An expander a degree with a TopK encoder, the same trained and read by pursuit, the dense TopK SAE, and a
+    matched-width dense SAE a degree: ``n' = d·n/m`` tied features, so that it learns as many values as its expander.
     """
     settings: dict[str, dict[str, Any]] = {}
     for degree in degrees:
-        settings[f"expander-d{degree}"] = {"dictionary": "expander", "d_sae": d_sae, "degree": degree, "k": k}
-    settings[f"dense-n{d_sae}"] = {"dictionary": "dense", "encoder": "untied", "d_sae": d_sae, "k": k}
+        expander = {"dictionary": "expander", "d_sae": d_sae, "degree": degree, "k": k}
+        settings[f"expander-d{degree}"] = expander
+        settings[f"expander-d{degree}-pursuit"] = {"preset": "pursuit", **expander}
+    # An untied encoder's small entries want smaller steps: the best of 2e-3, 4e-3, 8e-3 at this length.
+    settings[f"dense-n{d_sae}"] = {"dictionary": "dense", "encoder": "untied", "d_sae": d_sae, "k": k, "lr": 4e-3}
     for degree in degrees:
         width = degree * d_sae // d_in
         settings[f"dense-n{width}"] = {"dictionary": "dense", "d_sae": width, "k": min(k, width)}
@@ -78,7 +83,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         language.EMBEDDED,
         LAYER,
         size.tokens,
-        cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{size.tokens}-{str(lm.dtype).removeprefix('torch.')}",
+        cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{size.tokens}-{str(lm.dtype)[6:]}",
         window=WINDOW,
     )
     recipes = {
@@ -87,20 +92,19 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
     }
     saes = {name: train_arm(name, recipe, store, out / name) for name, recipe in recipes.items()}
     windows = language.sample_windows(lm.tokenizer, language.EMBEDDED, "heldout", WINDOW, size.held_out_windows)
-    results = evaluate_in_model(saes, lm, list(windows), LAYER)
-    rows = []
-    for name, sae in saes.items():
-        metrics = results[name].to_dict()
-        sae.metadata["metrics"] = metrics
-        sae.save_pretrained(out / name)
-        rows.append(summary_row(name, sae, recipes[name].sae) | metrics)
+    rows = evaluation_rows(saes, lm, list(windows), LAYER)
+    for row in rows:
+        sae = saes[row["name"]]
+        sae.metadata["metrics"] = {key: row[key] for key in METRICS}
+        sae.save_pretrained(out / row["name"])
     manifest = store.manifest
     notes = [
         f"{lm.name} ({lm.revision}), output of block {LAYER}; trained on {len(store):,} vectors "
         f"(left out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), "
-        f"{size.steps:,} steps of {size.batch_size:,} for every SAE, preset {next(iter(recipes.values())).preset}.",
+        f"{size.steps:,} steps of {size.batch_size:,} for every SAE. Dead: not fired in the last "
+        f"{next(iter(recipes.values())).train.dead_after:,} training tokens.",
         f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
-        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean).",
+        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). OMP: the same dictionary read by orthogonal matching pursuit.",
     ]
     title = f"Storage and fidelity, {preset.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
     settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
@@ -116,31 +120,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
 def train_arm(name: str, recipe: Recipe, store: ActivationStore, out: Path) -> SAE:
     """Train one SAE into ``out``, or continue, or take it as it is if it was finished with these settings."""
     sae = recipe.sae.build(store.d_in)
-    sae.metadata["trained_on"] = trained_on(store)
+    sae.metadata["trained_on"] = store.origin()
     train(sae, store, recipe.train, out, description=f"Train {name}")
     return sae
 
-
-def trained_on(store: ActivationStore) -> dict[str, Any]:
-    """What an SAE's config says of its activations."""
-    meta = store.manifest.meta
-    names = ("model", "revision", "hook", "layer", "text", "window", "skip_positions", "max_norm_multiple")
-    return {name: getattr(meta, name) for name in names} | {"rows": len(store)}
-
-
-def summary_row(name: str, sae: SAE, config: SAEConfig) -> dict[str, Any]:
-    """What a table says of an SAE beside its metrics."""
-    return {
-        "name": name,
-        "dictionary": config.dictionary,
-        "degree": config.degree if config.dictionary == "expander" else None,
-        "d_sae": sae.d_sae,
-        "k": sae.k,
-        "num_values": sae.num_values,
-        "num_bytes": sae.num_bytes,
-        "dead": sae.metadata["training"]["dead"],
-        "train_seconds": sae.metadata["training"]["seconds"],
-    }
-
-
-__all__ = ["FULL", "QUICK", "DemoSize", "TrainConfig", "arms", "run_demo", "summary_row", "train_arm", "trained_on"]

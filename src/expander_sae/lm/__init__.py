@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .embedded import EMBEDDED, EmbeddedError, Split, fetch_model, fetch_text
-from .harvest import harvest
-from .hook import continue_from, residual, splice
-from .models import PRESETS, LanguageModel, ModelError, ModelPreset, find_blocks, load_model, preset_for
-from .text import PILE, TextError, documents, pack, sample_windows
+from expander_sae.lm.embedded import EMBEDDED, EmbeddedError, Split, fetch_model, fetch_text
+from expander_sae.lm.harvest import harvest
+from expander_sae.lm.hook import continue_from, residual, splice
+from expander_sae.lm.models import PRESETS, LanguageModel, ModelError, ModelPreset, find_blocks, load_model, preset_for
+from expander_sae.lm.text import PILE, TextError, documents, pack, sample_windows
 
 __all__ = [
     "EMBEDDED",

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import atomic_path, atomic_write_json, cache_dir, require_free_space, sha256_file
+from expander_sae.files import atomic_path, atomic_write_json, cache_dir, require_free_space, sha256_file
 
 EMBEDDED = "embedded"  # the name that stands for this model, and for this text, wherever a name is asked for
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models import LanguageModel
+from expander_sae.lm.models import LanguageModel
 
 Replace = Callable[[torch.Tensor], torch.Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
+from expander_sae.lm.embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

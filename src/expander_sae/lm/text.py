@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..files import sha256_file
-from .embedded import EMBEDDED, Split, fetch_text, in_split
+from expander_sae.files import sha256_file
+from expander_sae.lm.embedded import EMBEDDED, Split, fetch_text, in_split
 
 PILE = "monology/pile-uncopyrighted"  # the source of the paper's activations, streamed
 _SUFFIXES = (".txt", ".jsonl")

@@ -31,7 +31,11 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         h.to(wide) @ to_dense(rows[start : start + FEATURE_BLOCK], values[start : start + FEATURE_BLOCK].to(wide), h.shape[1])
         for start in range(0, rows.shape[0], FEATURE_BLOCK)
     ]
-    return torch.cat(blocks, dim=1).to(h.dtype)
+    out = torch.cat(blocks, dim=1)
+    spoilt = (~torch.isfinite(h).all(dim=1)).nonzero().flatten()
+    if spoilt.numel():  # the zeros of the dense block times NaN or infinity are NaN: sum over the supports alone
+        out[spoilt] = torch.stack([(values.to(wide) * sample[rows.long()]).sum(dim=1) for sample in h[spoilt].to(wide)])
+    return out.to(h.dtype)
 
 
 def encode_topk(
@@ -87,7 +91,7 @@ def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m
     picked = indices.long()
     contributions = code_values.to(wide).unsqueeze(-1) * values.to(wide)[picked]
     out = torch.zeros(batch, m, dtype=wide, device=values.device)
-    out = out.scatter_add(1, rows[picked].long().reshape(batch, -1), contributions.reshape(batch, -1))
+    out = out.scatter_add(1, rows[picked].long().flatten(1), contributions.flatten(1))
     return out.to(code_values.dtype)
 
 

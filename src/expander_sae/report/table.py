@@ -39,6 +39,8 @@ EVALUATION_COLUMNS = (
     Column("CE clean", number("ce_clean", ".3f")),
     Column("CE zero", number("ce_zero", ".3f")),
     Column("CE recon.", number("ce_recon", ".3f")),
+    Column("FVU, OMP", number("omp_fvu", ".3f")),
+    Column("CE rec., OMP", number("omp_ce_recovered", ".3f")),
     Column("train s", number("train_seconds", ",.1f")),
 )
 """What an evaluation in the model shows."""
