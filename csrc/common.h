@@ -16,10 +16,11 @@ struct EncodeArgs {
   const int32_t* rows;   // (n, d)
   const void* values;    // (n, d), float, or double when dtype is f64
   const void* b_enc;     // (n,) like values, or null
+  const void* center;    // (m,) like values, subtracted from h, or null
   int32_t* out_indices;  // (B, k)
-  void* out_values;      // (B, k), dtype
+  void* out_values;      // (B, k), out_dtype
   int64_t B, m, n, d, k;
-  DType dtype;
+  DType dtype, out_dtype;
   bool relu, magnitude;
 };
 
@@ -43,6 +44,28 @@ struct SparseArgs {
   int64_t B, m, n, d, k;
   DType dtype;
 };
+
+// Squared error of a tied TopK autoencoder and its gradient. "wide" is float, or double when dtype is f64.
+struct StepArgs {
+  const void* h;         // (B, m), dtype
+  const int32_t* rows;   // (n, d)
+  const void* values;    // (n, d) wide, as are all that follow
+  const void* b_dec;     // (m,)
+  const int32_t* indices;  // (B, k), the code
+  const void* code;        // (B, k)
+  void* residual;          // (B, m): h - b_dec - W x
+  void* errors;            // (B,): its squared norms
+  void* code_grad;         // (B, k): gradient of the mean of errors by the selected scores
+  void* partial;           // (ceil(B / kStepChunk), m): sums of residuals
+  void* grad_values;       // (n, d)
+  void* grad_b_enc;        // (n,)
+  int64_t B, m, n, d, k;
+  DType dtype;
+  bool relu;
+};
+
+// Samples summed in one go: sums over the batch are taken chunk by chunk whatever the number of threads.
+constexpr int64_t kStepChunk = 16;
 
 // Where a selection job puts its result when the features are split among threads.
 struct Partial {
@@ -79,6 +102,9 @@ struct Kernels {
   bool (*correlate_at)(const SparseArgs&, int64_t begin, int64_t end, void* scratch);
   bool (*values_grad)(const SparseArgs&, int64_t first_feature, int64_t last_feature, void* scratch);
   bool (*gram)(const SparseArgs&, int64_t begin, int64_t end, void* scratch);
+  bool (*step_samples)(const StepArgs&, int64_t begin, int64_t end, void* scratch);  // begin: a multiple of kStepChunk
+  bool (*step_features)(const StepArgs&, int64_t first, int64_t last, void* scratch);
+  size_t (*step_scratch_bytes)(const StepArgs&);
   size_t (*sparse_scratch_bytes)(const SparseArgs&, bool gram);
   bool (*rows_in_range)(const int32_t* rows, int64_t count, int64_t m);
 };

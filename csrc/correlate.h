@@ -17,7 +17,7 @@ void correlate_tile_of(
   constexpr int kWidth = kVectors * kLanes;
   auto* const tile = static_cast<float*>(scratch);
   auto* const out = static_cast<typename Float::type*>(a.out);
-  load_tile(a.dtype, a.h, nullptr, first, count, a.m, kWidth, tile);
+  load_tile(a.dtype, a.h, nullptr, nullptr, first, count, a.m, kWidth, tile);
   alignas(64) float z[kLanes * kWidth];
   for (int64_t start = begin; start < end; start += kLanes) {
     const int size = static_cast<int>(end - start < kLanes ? end - start : kLanes);

@@ -29,14 +29,19 @@ double score(const double* h, const int32_t* rows, const double* values, int64_t
 
 }  // namespace
 
-size_t double_scratch_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(Candidate); }
+size_t double_scratch_bytes(int64_t n, int64_t m) {
+  return static_cast<size_t>(n) * sizeof(Candidate) + static_cast<size_t>(m) * sizeof(double);
+}
 
 void encode_double(const EncodeArgs& a, int64_t begin, int64_t end, void* scratch) {
   auto* const list = static_cast<Candidate*>(scratch);
   const auto* values = static_cast<const double*>(a.values);
   const auto* bias = static_cast<const double*>(a.b_enc);
+  const auto* center = static_cast<const double*>(a.center);
+  auto* const h = reinterpret_cast<double*>(list + a.n);
   for (int64_t b = begin; b < end; ++b) {
-    const double* h = static_cast<const double*>(a.h) + b * a.m;
+    const double* from = static_cast<const double*>(a.h) + b * a.m;
+    for (int64_t i = 0; i < a.m; ++i) h[i] = center != nullptr ? from[i] - center[i] : from[i];
     for (int64_t j = 0; j < a.n; ++j) {
       const double z = score(h, a.rows + j * a.d, values + j * a.d, a.d) + (bias != nullptr ? bias[j] : 0.0);
       list[j] = {a.magnitude ? std::fabs(z) : z, z, j};

@@ -102,7 +102,7 @@ class TileEncoder {
   }
 
   int run() {
-    load_tile(a_.dtype, a_.h, job_.samples, job_.first, job_.count, a_.m, kWidth, tile_);
+    load_tile(a_.dtype, a_.h, static_cast<const float*>(a_.center), job_.samples, job_.first, job_.count, a_.m, kWidth, tile_);
     for (int lane = 0; lane < kWidth; ++lane) {
       size_[lane] = 0;
       threshold_[lane] = -INFINITY;
@@ -250,7 +250,7 @@ class TileEncoder {
   // Moves the candidates of a block, whose scores are still near, to the stream.
   EXPANDER_INLINE void collect(int64_t start, const float* z, int passed) {
     // Byte stores may alias anything, members included: locals keep the compiler from reloading those.
-    const int32_t first_tag = tag_of(static_cast<int32_t>(start));
+    const uint32_t first_tag = tag_of(static_cast<int32_t>(start));
     const uint8_t* __restrict lane = passed_lane_;
     const uint8_t* __restrict feature = passed_feature_;
     float* __restrict to_z = stream_z_ + stream_size_;
@@ -259,7 +259,7 @@ class TileEncoder {
     for (int i = 0; i < passed; ++i) {
       const int l = lane[i], f = feature[i];
       to_z[i] = z[f * kWidth + l];
-      to_tag[i] = first_tag - 2 * f;
+      to_tag[i] = static_cast<int32_t>(first_tag - 2 * static_cast<uint32_t>(f));
       to_lane[i] = static_cast<uint8_t>(l);
     }
     stream_size_ += passed;
@@ -407,12 +407,12 @@ class TileEncoder {
       const float z = kMagnitude && (keys[i] & 1) != 0 ? -size : size;
       return a.relu && z < 0 ? 0.0f : z;
     };
-    if (a.dtype == expander::DType::f32) {
+    if (a.out_dtype == expander::DType::f32) {
       float* out = static_cast<float*>(a.out_values) + sample * a.k;
       for (int64_t i = 0; i < a.k; ++i) out[i] = value(i);
     } else {
       uint16_t* out = static_cast<uint16_t*>(a.out_values) + sample * a.k;
-      const bool bf16 = a.dtype == expander::DType::bf16;
+      const bool bf16 = a.out_dtype == expander::DType::bf16;
       for (int64_t i = 0; i < a.k; ++i) out[i] = bf16 ? BF16::store(value(i)) : F16::store(value(i));
     }
   }

@@ -3,6 +3,7 @@
 #include "correlate.h"
 #include "encode.h"
 #include "sparse.h"
+#include "step.h"
 
 #define EXPANDER_STRING_(x) #x
 #define EXPANDER_STRING(x) EXPANDER_STRING_(x)
@@ -10,14 +11,32 @@
 #define EXPANDER_JOIN(a, b) EXPANDER_JOIN_(a, b)
 
 namespace {
-const expander::Kernels kTable = {
-    EXPANDER_STRING(EXPANDER_KERNELS), tile_width, encode_scratch_bytes, encode_tile,  merge_room,
-    merge_partial,                     correlate_scratch_bytes,          correlate_tile, decode,
-    correlate_at,                      values_grad,                      gram,           sparse_scratch_bytes,
-    rows_in_range,
-};
+expander::Kernels table() {
+  expander::Kernels t{};
+  t.name = EXPANDER_STRING(EXPANDER_KERNELS);
+  t.tile_width = tile_width;
+  t.encode_scratch_bytes = encode_scratch_bytes;
+  t.encode_tile = encode_tile;
+  t.merge_room = merge_room;
+  t.merge_partial = merge_partial;
+  t.correlate_scratch_bytes = correlate_scratch_bytes;
+  t.correlate_tile = correlate_tile;
+  t.decode = decode;
+  t.correlate_at = correlate_at;
+  t.values_grad = values_grad;
+  t.gram = gram;
+  t.sparse_scratch_bytes = sparse_scratch_bytes;
+  t.step_samples = step_samples;
+  t.step_features = step_features;
+  t.step_scratch_bytes = step_scratch_bytes;
+  t.rows_in_range = rows_in_range;
+  return t;
+}
 }  // namespace
 
 namespace expander {
-const Kernels* EXPANDER_JOIN(kernels_, EXPANDER_KERNELS)() { return &kTable; }
+const Kernels* EXPANDER_JOIN(kernels_, EXPANDER_KERNELS)() {
+  static const Kernels kTable = table();
+  return &kTable;
+}
 }  // namespace expander

@@ -75,6 +75,45 @@ void check_rows(const int32_t* rows, int64_t n, int64_t d, int64_t m, int thread
   if (!good) throw std::out_of_range("rows holds an entry outside [0, d_in): the mask does not belong to this width");
 }
 
+int32_t largest_row(const int32_t* rows, int64_t count, int threads) {
+  constexpr int64_t kPart = int64_t{1} << 18;
+  const int64_t parts = (count + kPart - 1) / kPart;
+  std::vector<int32_t> largest(static_cast<size_t>(parts));
+  parallel_for(parts, threads, [&](int64_t part, int) {
+    const int64_t begin = part * kPart, end = std::min(count, begin + kPart);
+    int32_t most = 0;
+    for (int64_t i = begin; i < end; ++i) most = std::max(most, rows[i]);
+    largest[static_cast<size_t>(part)] = most;
+  });
+  return parts == 0 ? 0 : *std::max_element(largest.begin(), largest.end());
+}
+
+// Borders of `parts` ranges of features with about equally many active ones. A feature's sums do not depend on them.
+std::vector<int64_t> feature_edges(const int32_t* indices, int64_t count, int64_t n, int parts) {
+  constexpr int64_t kBins = 1024;
+  std::vector<int64_t> edges{0};
+  if (parts > 1 && n > kBins) {
+    std::vector<int64_t> bins(kBins);
+    const double scale = static_cast<double>(kBins) / static_cast<double>(n);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto bin = static_cast<int64_t>(static_cast<double>(indices[i]) * scale);
+      ++bins[static_cast<size_t>(std::clamp<int64_t>(bin, 0, kBins - 1))];
+    }
+    int64_t seen = 0;
+    for (int64_t bin = 0; bin < kBins && static_cast<int>(edges.size()) < parts; ++bin) {
+      seen += bins[static_cast<size_t>(bin)];
+      const int64_t edge = (bin + 1) * n / kBins;
+      if (seen * parts >= count * static_cast<int64_t>(edges.size()) && edge > edges.back() && edge < n) edges.push_back(edge);
+    }
+  } else {
+    for (int64_t part = 1; part < parts; ++part) {
+      if (const int64_t edge = n * part / parts; edge > edges.back()) edges.push_back(edge);
+    }
+  }
+  edges.push_back(n);
+  return edges;
+}
+
 template <class Kernel>
 void by_sample(const SparseArgs& a, int threads, bool gram, Kernel kernel) {
   // Enough jobs to even out the threads, few enough that handing them out costs nothing.
@@ -118,7 +157,7 @@ void encode(const EncodeArgs& a, int threads) {
   threads = std::max(threads, 1);
   check_rows(a.rows, a.n, a.d, a.m, threads);
   if (a.dtype == DType::f64) {
-    ScratchPool scratch(threads, double_scratch_bytes(a.n));
+    ScratchPool scratch(threads, double_scratch_bytes(a.n, a.m));
     parallel_for(a.B, threads, [&](int64_t b, int slot) { encode_double(a, b, b + 1, scratch.of(slot)); });
     return;
   }
@@ -228,20 +267,87 @@ void decode(const SparseArgs& a, int threads) { by_sample(a, threads, false, ker
 
 void correlate_at(const SparseArgs& a, int threads) { by_sample(a, threads, false, kernels().correlate_at); }
 
-void gram(const SparseArgs& a, int threads) { by_sample(a, threads, true, kernels().gram); }
+void gram(const SparseArgs& given, int threads) {
+  SparseArgs a = given;
+  if (a.m == 0) a.m = int64_t{1} + largest_row(a.rows, a.n * a.d, threads);
+  by_sample(a, threads, true, kernels().gram);
+}
 
 void values_grad(const SparseArgs& a, int threads) {
   threads = std::max(threads, 1);
   if (a.B * a.k * a.d < 4096) threads = 1;
-  // Every part walks all indices, so there are few: two a thread, to even out features of unequal use.
-  const int64_t parts = std::min<int64_t>(a.n, threads == 1 ? 1 : int64_t{2} * threads);
+  const std::vector<int64_t> edges = feature_edges(a.indices, a.B * a.k, a.n, threads);
   const Kernels& use = kernels();
   ScratchPool scratch(threads, use.sparse_scratch_bytes(a, false));
   std::atomic<bool> good{true};
-  parallel_for(parts, threads, [&](int64_t part, int slot) {
-    if (!use.values_grad(a, a.n * part / parts, a.n * (part + 1) / parts, scratch.of(slot))) good.store(false);
+  parallel_for(static_cast<int64_t>(edges.size()) - 1, threads, [&](int64_t part, int slot) {
+    const auto i = static_cast<size_t>(part);
+    if (!use.values_grad(a, edges[i], edges[i + 1], scratch.of(slot))) good.store(false);
   });
   if (!good) throw std::out_of_range("an index is outside [0, d_sae) or a row outside [0, d_in)");
+}
+
+namespace {
+
+// grad_b_dec = -2/B sum of residuals - W grad_b_enc. Both sums are taken over fixed parts, in their order.
+template <class S>
+void decoder_bias_grad(const StepArgs& a, S* out, int threads) {
+  const int64_t chunks = (a.B + kStepChunk - 1) / kStepChunk;
+  constexpr int64_t kParts = 8;
+  std::vector<S> sums(static_cast<size_t>(kParts * a.m));
+  const S* grad_b_enc = static_cast<const S*>(a.grad_b_enc);
+  parallel_for(kParts, a.n * a.d < 4096 ? 1 : threads, [&](int64_t part, int) {
+    S* const sum = sums.data() + part * a.m;
+    for (int64_t j = a.n * part / kParts; j < a.n * (part + 1) / kParts; ++j) {
+      const S y = grad_b_enc[j];
+      if (y == S(0)) continue;
+      const int32_t* rows = a.rows + j * a.d;
+      const S* values = static_cast<const S*>(a.values) + j * a.d;
+      for (int64_t t = 0; t < a.d; ++t) sum[rows[t]] += y * values[t];
+    }
+  });
+  const S scale = S(-2) / static_cast<S>(a.B);
+  std::fill(out, out + a.m, S(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const S* partial = static_cast<const S*>(a.partial) + chunk * a.m;
+    for (int64_t i = 0; i < a.m; ++i) out[i] += partial[i];
+  }
+  for (int64_t i = 0; i < a.m; ++i) out[i] *= scale;
+  for (int64_t part = 0; part < kParts; ++part) {
+    const S* sum = sums.data() + part * a.m;
+    for (int64_t i = 0; i < a.m; ++i) out[i] -= sum[i];
+  }
+}
+
+}  // namespace
+
+void train_step(const EncodeArgs& args, StepArgs a, void* grad_b_dec, int threads) {
+  threads = std::max(threads, 1);
+  encode(args, threads);  // checks the rows
+  const size_t wide = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  const int64_t chunks = (a.B + kStepChunk - 1) / kStepChunk;
+  const std::unique_ptr<char[]> code_grad(new char[static_cast<size_t>(a.B * a.k) * wide]);
+  const std::unique_ptr<char[]> partial(new char[static_cast<size_t>(chunks * a.m) * wide]);
+  a.code_grad = code_grad.get();
+  a.partial = partial.get();
+  const Kernels& use = kernels();
+  ScratchPool scratch(threads, use.step_scratch_bytes(a));
+  std::atomic<bool> good{true};
+  parallel_for(chunks, threads, [&](int64_t chunk, int slot) {
+    const int64_t begin = chunk * kStepChunk, end = std::min(a.B, begin + kStepChunk);
+    if (!use.step_samples(a, begin, end, scratch.of(slot))) good.store(false);
+  });
+  if (!good) throw std::out_of_range("an index is outside [0, d_sae) or a row outside [0, d_in)");
+  const std::vector<int64_t> edges = feature_edges(a.indices, a.B * a.k, a.n, threads);
+  parallel_for(static_cast<int64_t>(edges.size()) - 1, threads, [&](int64_t part, int slot) {
+    const auto i = static_cast<size_t>(part);
+    use.step_features(a, edges[i], edges[i + 1], scratch.of(slot));
+  });
+  if (a.dtype == DType::f64) {
+    decoder_bias_grad(a, static_cast<double*>(grad_b_dec), threads);
+  } else {
+    decoder_bias_grad(a, static_cast<float*>(grad_b_dec), threads);
+  }
 }
 
 }  // namespace expander

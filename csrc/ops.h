@@ -18,5 +18,7 @@ void decode(const SparseArgs&, int threads);
 void correlate_at(const SparseArgs&, int threads);
 void values_grad(const SparseArgs&, int threads);
 void gram(const SparseArgs&, int threads);
+// The step of step.h. `args.out_indices` and `args.out_values` (wide) receive the code; grad_b_dec is (m,) wide.
+void train_step(const EncodeArgs& args, StepArgs step, void* grad_b_dec, int threads);
 
 }  // namespace expander

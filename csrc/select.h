@@ -24,9 +24,7 @@ EXPANDER_INLINE float unordered(int32_t key) {
 }
 
 // The lower half of a key: descending in the index, and the sign a magnitude has lost.
-EXPANDER_INLINE int32_t tag_of(int32_t index) {
-  return static_cast<int32_t>(static_cast<uint32_t>(INT32_MAX - index) << 1);
-}
+EXPANDER_INLINE uint32_t tag_of(int32_t index) { return static_cast<uint32_t>(INT32_MAX - index) << 1; }
 
 EXPANDER_INLINE int64_t make_key(int32_t score, int32_t tag) {
   return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(score)) << 32 | static_cast<uint32_t>(tag));

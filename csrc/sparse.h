@@ -33,8 +33,8 @@ EXPANDER_INLINE void fetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
 }
 
-template <class Value>
-EXPANDER_INLINE void fetch_feature(const SparseArgs& a, int32_t feature) {
+template <class Value, class Args>
+EXPANDER_INLINE void fetch_feature(const Args& a, int32_t feature) {
   if (static_cast<uint64_t>(static_cast<uint32_t>(feature)) >= static_cast<uint64_t>(a.n)) return;
   const int64_t at = static_cast<int64_t>(feature) * a.d, bytes = a.d * 4 < 256 ? a.d * 4 : 256;
   fetch(a.rows + at, bytes);
@@ -42,7 +42,8 @@ EXPANDER_INLINE void fetch_feature(const SparseArgs& a, int32_t feature) {
 }
 
 // Whether the feature and its rows are in range.
-EXPANDER_INLINE bool valid(const SparseArgs& a, int32_t feature) {
+template <class Args>
+EXPANDER_INLINE bool valid(const Args& a, int32_t feature) {
   if (static_cast<uint64_t>(static_cast<uint32_t>(feature)) >= static_cast<uint64_t>(a.n)) return false;
   const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
   uint32_t worst = 0;
@@ -85,8 +86,8 @@ bool decode_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
 }
 
 // The row of h as sums are taken, converted once when it is 16 bits wide.
-template <class Float>
-EXPANDER_INLINE const typename Sum<Float>::type* wide_row(const SparseArgs& a, int64_t b, void* scratch) {
+template <class Float, class Args>
+EXPANDER_INLINE const typename Sum<Float>::type* wide_row(const Args& a, int64_t b, void* scratch) {
   using S = typename Sum<Float>::type;
   const auto* h = static_cast<const typename Float::type*>(a.h) + b * a.m;
   // The next row, whole: entries are picked at random, which no hardware prefetcher foresees.

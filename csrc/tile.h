@@ -6,9 +6,11 @@
 
 namespace {
 
-// tile[i * width + lane] = h[sample(lane), i]; lanes without a sample are zero.
+// tile[i * width + lane] = h[sample(lane), i] - center[i]; lanes without a sample are not read.
 template <class Float>
-void load_tile(const void* h, const int64_t* samples, int64_t first, int count, int64_t m, int width, float* tile) {
+void load_tile(
+    const void* h, const float* center, const int64_t* samples, int64_t first, int count, int64_t m, int width,
+    float* tile) {
   using T = typename Float::type;
   for (int base = 0; base < width; base += kLanes) {
     const T* row[kLanes];
@@ -22,23 +24,31 @@ void load_tile(const void* h, const int64_t* samples, int64_t first, int count, 
       VF r[kLanes];
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l) r[l] = row[l] != nullptr ? Float::load_lanes(row[l] + i) : VF{};
+      if (center != nullptr) {
+        const VF c = load(center + i);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) r[l] -= c;
+      }
       transpose(r);
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l) store(tile + (i + l) * width + base, r[l]);
     }
     for (; i < m; ++i) {
-      for (int l = 0; l < kLanes; ++l) tile[i * width + base + l] = row[l] != nullptr ? Float::load(row[l][i]) : 0.0f;
+      const float c = center != nullptr ? center[i] : 0.0f;
+      for (int l = 0; l < kLanes; ++l) {
+        tile[i * width + base + l] = row[l] != nullptr ? Float::load(row[l][i]) - c : 0.0f;
+      }
     }
   }
 }
 
 EXPANDER_INLINE void load_tile(
-    expander::DType dtype, const void* h, const int64_t* samples, int64_t first, int count, int64_t m, int width,
-    float* tile) {
+    expander::DType dtype, const void* h, const float* center, const int64_t* samples, int64_t first, int count,
+    int64_t m, int width, float* tile) {
   switch (dtype) {
-    case expander::DType::bf16: return load_tile<BF16>(h, samples, first, count, m, width, tile);
-    case expander::DType::f16: return load_tile<F16>(h, samples, first, count, m, width, tile);
-    default: return load_tile<F32>(h, samples, first, count, m, width, tile);
+    case expander::DType::bf16: return load_tile<BF16>(h, center, samples, first, count, m, width, tile);
+    case expander::DType::f16: return load_tile<F16>(h, center, samples, first, count, m, width, tile);
+    default: return load_tile<F32>(h, center, samples, first, count, m, width, tile);
   }
 }
 

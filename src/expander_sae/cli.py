@@ -125,12 +125,12 @@ def train(
     store: Annotated[Path, typer.Option(help="Activation store to train on.")],
     out: Annotated[Path, typer.Option(help="Folder for the SAE, its log and checkpoints.")],
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; flags override it.")] = None,
-    preset: Annotated[str | None, typer.Option(help="`paper` (the paper's recipe) or `modern` (default).")] = None,
+    preset: Annotated[str | None, typer.Option(help="`paper` (the paper's recipe), `modern` (default) or `pursuit`.")] = None,
     dictionary: Annotated[str | None, typer.Option(help="`expander` or `dense`.")] = None,
-    d_sae: Annotated[int | None, typer.Option(help="Features.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Features; default: the number studied on a known model.")] = None,
     degree: Annotated[int | None, typer.Option(help="Rows each column of an expander uses.")] = None,
-    k: Annotated[int | None, typer.Option(help="Active features a sample.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="`tied` or `untied`.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active features a sample; default likewise.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="`tied`, `untied`, or a pursuit such as `omp`.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Activation vectors a step.")] = None,
     seed: Annotated[int | None, _SEED] = None,
@@ -149,6 +149,7 @@ def train(
     import yaml
 
     from expander_sae import files, recipe
+    from expander_sae.lm import preset_for
     from expander_sae.store import ActivationStore
     from expander_sae.train import TrainingDiverged
     from expander_sae.train import train as run
@@ -156,8 +157,11 @@ def train(
     flags = {"preset": preset, "dictionary": dictionary, "d_sae": d_sae, "degree": degree, "k": k, "encoder": encoder}
     flags |= {"steps": steps, "batch_size": batch_size, "seed": seed}
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = recipe.resolve(recipe.read_config(config) if config else {}, given, recipe.parse_settings(set_ or []))
     source = ActivationStore.open(store)
+    studied = preset_for(source.manifest.meta.model)
+    usual = {"d_sae": studied.d_sae, "k": studied.k} if studied else {}
+    read = recipe.read_config(config) if config else {}
+    settings = recipe.resolve(usual, read, given, recipe.parse_settings(set_ or []))
     sae = settings.sae.build(source.d_in).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sae.metadata["trained_on"] = source.origin()
     effective = yaml.safe_dump(settings.to_dict(), sort_keys=False).encode()
@@ -198,17 +202,17 @@ def evaluate(
 
     loaded = {name.rstrip("/"): SAE.from_pretrained(name) for name in saes}
     origins = [sae.metadata.get("trained_on") or {} for sae in loaded.values()]
-    model = model or _agreed(origins, "model", "--model")
+    model_name: str = model or _agreed(origins, "model", "--model")
     layer = _agreed(origins, "layer", "--layer") if layer is None else layer
-    preset = language.preset_for(model)
-    lm = language.load_model(model)
+    preset = language.preset_for(model_name)
+    lm = language.load_model(model_name)
     source = text or (preset.text if preset else language.PILE)
     chosen = language.sample_windows(lm.tokenizer, source, split, window, windows)  # type: ignore[arg-type]
     rows = evaluation_rows(loaded, lm, list(chosen), layer, replaced=replaced)  # type: ignore[arg-type]
     print_table(rows, EVALUATION_COLUMNS)
     print(f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}")
     if out:
-        settings = {"model": model, "layer": layer, "text": source, "split": split, "window": window, "windows": len(chosen)}
+        settings = {"model": model_name, "layer": layer, "text": source, "split": split, "window": window, "windows": len(chosen)}
         files.atomic_write_json(out, {"settings": settings, "environment": environment(), "rows": rows})
 
 

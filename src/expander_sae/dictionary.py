@@ -279,7 +279,7 @@ class ExpanderDictionary(Dictionary):
     ) -> None:
         super().__init__()
         if values is None:
-            values = torch.randn(mask.rows.shape, generator=generator) / mask.degree**0.5
+            values = torch.randn(mask.rows.shape, generator=generator).mul_(mask.degree**-0.5)
         if values.shape != mask.rows.shape:
             raise ValueError(f"values must have the mask's shape {tuple(mask.rows.shape)}, got {tuple(values.shape)}")
         self.mask = mask

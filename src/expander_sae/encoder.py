@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from expander_sae import pursuit
 from expander_sae.dictionary import Dictionary, Matrix, dictionary_from
 from expander_sae.ops import SparseCode
+from expander_sae.unrolled import unrolled_matching_pursuit
+
+UNROLLED = "mp-unrolled"
 
 
 class Encoder(nn.Module):
@@ -132,6 +135,48 @@ class PursuitEncoder(Encoder):
         return {"kind": self.kind, "sparsity": "pursuit", "k": self.k, "options": self.options}
 
 
+class UnrolledPursuit(PursuitEncoder):
+    """MP-SAE's encoder (arXiv 2506.03093): matching pursuit on the decoder's columns, differentiated through its rounds.
+
+    The coefficients are those of the pursuit without a refit, and the gradient of the loss in them reaches the
+    dictionary and ``b_dec`` beside the decoder's. See :mod:`expander_sae.unrolled`.
+
+    Args:
+        d_sae: features ``n``.
+        k: rounds.
+        options: ``nonnegative`` (positive coefficients only) and ``reselect`` (a feature may be taken again, as in
+            that paper); both ``False`` by default.
+
+    Raises:
+        ValueError: ``k`` outside ``[1, d_sae]``, or another option.
+    """
+
+    def __init__(self, d_sae: int, k: int, options: dict[str, Any] | None = None) -> None:
+        check_pursuit(UNROLLED, dict(options or {}))
+        super().__init__(d_sae, k, "matching-pursuit", options)
+        self.kind = UNROLLED
+
+    def forward(self, matrix: Matrix, centred: Tensor) -> SparseCode:
+        return unrolled_matching_pursuit(matrix, centred, self.k, **self.options)
+
+
+PURSUITS = (*pursuit.SOLVERS, UNROLLED)
+"""What an encoder by pursuit may be called."""
+
+
+def pursuit_encoder(d_sae: int, k: int, kind: str, options: dict[str, Any] | None = None) -> PursuitEncoder:
+    """The encoder called ``kind``, one of :data:`PURSUITS`. Raises ``ValueError`` as its class does."""
+    return UnrolledPursuit(d_sae, k, options) if kind == UNROLLED else PursuitEncoder(d_sae, k, kind, options)
+
+
+def check_pursuit(kind: str, options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an unknown pursuit or an option it does not take."""
+    if kind != UNROLLED:
+        pursuit.check_options(kind, options)
+    elif unknown := sorted(set(options) - {"nonnegative", "reselect"}):
+        raise ValueError(f"{UNROLLED!r} has no option {unknown[0]!r}; it takes 'nonnegative', 'reselect'")
+
+
 def encoder_from(config: dict[str, Any], tensors: dict[str, Tensor], d_in: int, d_sae: int) -> Encoder:
     """Rebuild an encoder from its config and stored tensors.
 
@@ -140,7 +185,7 @@ def encoder_from(config: dict[str, Any], tensors: dict[str, Tensor], d_in: int, 
     """
     kind, sparsity = config["kind"], config["sparsity"]
     if sparsity == "pursuit":
-        return PursuitEncoder(d_sae, config["k"], kind, config["options"])
+        return pursuit_encoder(d_sae, config["k"], kind, config["options"])
     if kind not in ("tied", "untied") or sparsity != "topk":
         raise ValueError(f"unknown encoder {kind!r} with sparsity {sparsity!r}; upgrade expander-sae")
     own = None

@@ -162,10 +162,12 @@ def evaluate_in_model(
         batch_windows: windows a forward pass.
 
     Raises:
-        ValueError: an SAE of another width, no windows, or windows shorter than two tokens.
+        ValueError: an SAE of another width, no windows, windows of several lengths or shorter than two tokens.
     """
     if not windows or windows[0].shape[0] < 2:
         raise ValueError("evaluation needs at least one window of at least two tokens")
+    if len({tuple(window.shape) for window in windows}) > 1:
+        raise ValueError("the windows must have one length")
     for name, sae in saes.items():
         if sae.d_in != lm.d_model:
             raise ValueError(f"{name} reads d_in = {sae.d_in}, the model's residual stream has width {lm.d_model}")

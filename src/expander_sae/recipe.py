@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from expander_sae.encoder import PURSUITS, check_pursuit
 from expander_sae.mask import Mask
-from expander_sae.pursuit import SOLVERS, check_options
 from expander_sae.sae import SAE
 from expander_sae.train import TrainConfig
 
@@ -31,7 +31,8 @@ class SAEConfig:
     mask: Literal["left-regular", "balanced"] = "left-regular"
     """How the mask is drawn."""
     encoder: str = "tied"
-    """``tied`` (reads with the decoder's values), ``untied`` (with its own), or the name of a pursuit, such as ``omp``."""
+    """``tied`` (reads with the decoder's values), ``untied`` (with its own), the name of a pursuit, such as ``omp``, or
+    ``mp-unrolled`` (matching pursuit with gradients through it)."""
     encoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the pursuit, such as ``{block: 8, disjoint: true}``."""
     relu: bool = False
@@ -43,10 +44,10 @@ class SAEConfig:
         if self.encoder in ("tied", "untied"):
             if self.encoder_options:
                 raise ValueError(f"the {self.encoder} encoder has no options, got {self.encoder_options}")
-        elif self.encoder in SOLVERS:
-            check_options(self.encoder, self.encoder_options)
+        elif self.encoder in PURSUITS:
+            check_pursuit(self.encoder, self.encoder_options)
         else:
-            raise ValueError(f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(SOLVERS)}), got {self.encoder!r}")
+            raise ValueError(f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(PURSUITS)}), got {self.encoder!r}")
 
     def build(self, d_in: int) -> SAE:
         """The untrained SAE. Raises ``ValueError`` for sizes that do not fit."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from expander_sae import hub, sae_folder
 from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, dictionary_from
-from expander_sae.encoder import Encoder, PursuitEncoder, TopKEncoder, encoder_from
+from expander_sae.encoder import Encoder, TopKEncoder, encoder_from, pursuit_encoder
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 
@@ -105,14 +105,14 @@ class SAE(nn.Module):
         """The same dictionary and ``b_dec`` (shared, not copied) read by a pursuit: ``sae.with_encoder("omp", block=8)``.
 
         Args:
-            solver: a name of :data:`expander_sae.pursuit.SOLVERS`.
+            solver: a name of :data:`expander_sae.pursuit.SOLVERS`, or ``"mp-unrolled"``.
             k: features a sample; default as now.
             options: the solver's.
 
         Raises:
             ValueError: unknown solver or option, ``k`` outside ``[1, d_sae]``.
         """
-        encoder = PursuitEncoder(self.d_sae, self.k if k is None else k, solver, options)
+        encoder = pursuit_encoder(self.d_sae, self.k if k is None else k, solver, options)
         # Metrics were measured under another encoder.
         other = SAE(self.dictionary, encoder, {key: self.metadata[key] for key in self.metadata if key != "metrics"})
         other.b_dec = self.b_dec

@@ -32,10 +32,10 @@ class TrainingLog:
         kept = _lines_until(path, start) if path is not None and start else []
         self._tail: deque[dict[str, Any]] = deque(kept, maxlen=_TAIL)
         self._file: TextIO | None = None
+        self._trackers = [_open_tracker(name, path, settings) for name in trackers]
         if path is not None:
             files.atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = open(path, "a")  # noqa: SIM115 (closed by close())
-        self._trackers = [_open_tracker(name, path, settings) for name in trackers]
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""

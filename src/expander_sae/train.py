@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expander_sae import __version__
 from expander_sae.checkpoint import CHECKPOINT_NAME, Checkpoint
+from expander_sae.encoder import PursuitEncoder
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
@@ -68,7 +69,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "resample_every", "resample_below", "aux_k", "lr_final", "seed"):
+        for name in ("warmup_steps", "resample_every", "resample_below", "aux_k", "aux_coefficient", "lr_final", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not (self.lr > 0 and self.clip_norm > 0):
@@ -115,24 +116,26 @@ def train(
         description: what the progress bar says.
 
     Raises:
-        ValueError: wrong width, too few rows, or a checkpoint of another configuration in ``out``.
+        ValueError: wrong width, too few rows, AuxK for a pursuit, or a checkpoint of another configuration in ``out``.
         TrainingDiverged: see there.
-        KeyboardInterrupt: after the step in progress, with a checkpoint written.
+        KeyboardInterrupt: after the step in progress, with a checkpoint written. The SAE is usable as far as it got.
     """
     if source.d_in != sae.d_in:
         raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
+    if config.aux_k and isinstance(sae.encoder, PursuitEncoder):
+        raise ValueError("AuxK needs an encoder that scores dead features, a pursuit has none: set aux_k=0 and resample instead")
     loop = _Loop(sae, source, config)
-    identity = {"sae": sae.config() | {"metrics": None, "training": None}, "train": asdict(config), "rows": len(source)}
+    described = sae.config() | {"dtype": str(sae.dtype), "metrics": None, "training": None}
+    identity = {"sae": described, "train": asdict(config), "rows": len(source)}
     checkpoint = None if out is None else Checkpoint(Path(out) / CHECKPOINT_NAME, identity)
-    start = 0
     if checkpoint is not None and restart:
         checkpoint.path.unlink(missing_ok=True)
-    if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        start = loop.restore(saved)
-    else:
-        loop.initialise()
+    saved = None if checkpoint is None else checkpoint.load()
+    start = 0 if saved is None else loop.restore(saved)
     log = TrainingLog(None if out is None else Path(out) / LOG_NAME, start, trackers, identity)
     try:
+        if saved is None:
+            loop.initialise()
         with progress(description, config.steps, "step", done=start) as advance, _deferred_interrupt() as interrupted:
             for step in range(start, config.steps):
                 loop.step(step)
@@ -148,8 +151,9 @@ def train(
                 if stop:
                     raise KeyboardInterrupt
     finally:
+        sae.rescale_(loop.scale)  # interrupted or not: the checkpoint has what goes on
         log.close()
-    summary = loop.finish()
+    summary = loop.summary()
     sae.metadata["training"] = summary
     if out is not None:
         sae.save_pretrained(out)
@@ -237,7 +241,7 @@ class _Loop:
         # The paper leaves a dictionary alone that is dead for the greater part: the fault is elsewhere then.
         if not 0 < len(features) <= 0.8 * self.sae.d_sae or not bool(torch.isfinite(energy).all()) or not bool(energy.any()):
             return
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) % 2**64)
         chosen = torch.multinomial(energy.cpu().double(), len(features), replacement=True, generator=generator)
         self.sae.reset_features(features, residual[chosen.to(self.device)])
         self.idle_tokens[features] = 0
@@ -325,9 +329,8 @@ class _Loop:
         self.first_loss, self.resampled = numbers["first_loss"], numbers["resampled"]
         return numbers["step"]
 
-    def finish(self) -> dict[str, Any]:
-        """Fold the scale away and sum up."""
-        self.sae.rescale_(self.scale)
+    def summary(self) -> dict[str, Any]:
+        """What is kept of the run in the SAE's config."""
         return {
             "config": asdict(self.config),
             "rows": len(self.source),

@@ -2,14 +2,15 @@
 
 Thin wrappers around ``expander_sae._kernels``: they check shapes, types and devices, bring inputs to the layout the
 kernels read (contiguous; ``values`` and biases in the accumulation type) and allocate the results. Same functions, same
-meaning as :mod:`expander_sae.ops.reference`. Results do not depend on the number of threads, bit for bit; the threads are
-``torch.get_num_threads()``.
+meaning as :mod:`expander_sae.ops.reference`. They use ``torch.get_num_threads()`` threads, and results do not depend on
+how many those are, bit for bit.
 """
 
 from __future__ import annotations
 
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     h = _activations("h", h)
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
-    out = h.new_empty(batch, n)
+    out = torch.empty(batch, n, dtype=h.dtype, device="cpu")
     _run(
         "correlate", h.data_ptr(), rows.data_ptr(), values.data_ptr(), out.data_ptr(), batch, m, n, d, _DTYPES[h.dtype]
     )
@@ -91,8 +92,8 @@ def encode_topk(
         if b_enc.shape != (n,):
             raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
         b_enc = _contiguous("b_enc", b_enc, values.dtype)
-    indices = torch.empty(batch, k, dtype=torch.int32)
-    code = h.new_empty(batch, k)
+    indices = torch.empty(batch, k, dtype=torch.int32, device="cpu")
+    code = torch.empty(batch, k, dtype=h.dtype, device="cpu")
     _run(
         "encode_topk",
         h.data_ptr(),
@@ -123,7 +124,7 @@ def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m
     code_values = _activations("code_values", code_values)
     indices = _indices(indices, code_values.shape)
     rows, values = _dictionary(rows, values, code_values.dtype)
-    out = code_values.new_empty(indices.shape[0], m)
+    out = torch.empty(indices.shape[0], m, dtype=code_values.dtype, device="cpu")
     _sparse("decode", None, indices, code_values, rows, values, out, m, code_values.dtype)
     return out
 
@@ -138,7 +139,7 @@ def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor) -> Te
     h = _activations("h", h)
     indices = _indices(indices, (h.shape[0], indices.shape[-1]))
     rows, values = _dictionary(rows, values, h.dtype)
-    out = h.new_empty(indices.shape)
+    out = torch.empty(indices.shape, dtype=h.dtype, device="cpu")
     _sparse("correlate_at", h, indices, None, rows, values, out, h.shape[1], h.dtype)
     return out
 
@@ -156,7 +157,7 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
         raise ValueError(f"coef {tuple(coef.shape)} must have the shape of indices {tuple(indices.shape)}")
     coef = _contiguous("coef", coef, h.dtype)
     rows = _rows(rows)
-    out = torch.empty(rows.shape, dtype=_wide(h.dtype))
+    out = torch.empty(rows.shape, dtype=_wide(h.dtype), device="cpu")
     _sparse("values_grad", h, indices, coef, rows, None, out, h.shape[1], h.dtype)
     return out
 
@@ -172,9 +173,67 @@ def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     rows, values = _dictionary(rows, values, dtype)
     indices = _indices(indices, indices.shape)
     batch, k = indices.shape
-    out = torch.empty(batch, k, k, dtype=dtype)
-    m = int(rows.max()) + 1 if rows.numel() else 0
-    _sparse("gram", None, indices, None, rows, values, out, m, dtype)
+    out = torch.empty(batch, k, k, dtype=dtype, device="cpu")
+    _sparse("gram", None, indices, None, rows, values, out, 0, dtype)
+    return out
+
+
+class TrainStep(NamedTuple):
+    """What :func:`train_step` returns; everything but ``indices`` is in the accumulation type."""
+
+    errors: Tensor
+    """``(B,)``: ``‖residual[b]‖²``; the loss is their mean."""
+    residual: Tensor
+    """``(B, m)``: ``h - ĥ``."""
+    indices: Tensor
+    """int32 ``(B, k)``."""
+    code: Tensor
+    """``(B, k)``."""
+    grad_values: Tensor
+    """``(n, d)``: gradient of the loss by ``values``, through the encoder and the decoder."""
+    grad_b_enc: Tensor
+    """``(n,)``."""
+    grad_b_dec: Tensor
+    """``(m,)``."""
+
+
+def train_step(
+    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, relu: bool = False
+) -> TrainStep:
+    """Forward and backward of a tied TopK autoencoder under ``mean_b ‖h - ĥ‖²``, in one call.
+
+    ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, ``ĥ = W x + b_dec``, with the same ``W`` (given by ``rows`` and ``values`` as
+    used: normalised if the dictionary is) in both. Nothing of size ``(B, m)`` is written but the residual.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes do not fit, ``k`` is outside ``[1, n]``, the batch is empty, or a row is outside ``[0, m)``.
+    """
+    h = _activations("h", h)
+    rows, values = _dictionary(rows, values, h.dtype)
+    (batch, m), (n, d) = h.shape, rows.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and d_sae = {n}, got {k}")
+    if batch == 0:
+        raise ValueError("the batch is empty: it has no mean error")
+    for name, bias, size in (("b_enc", b_enc, n), ("b_dec", b_dec, m)):
+        if bias.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(bias.shape)}")
+    wide = values.dtype
+    b_enc, b_dec = _contiguous("b_enc", b_enc, wide), _contiguous("b_dec", b_dec, wide)
+    out = TrainStep(
+        errors=torch.empty(batch, dtype=wide, device="cpu"),
+        residual=torch.empty(batch, m, dtype=wide, device="cpu"),
+        indices=torch.empty(batch, k, dtype=torch.int32, device="cpu"),
+        code=torch.empty(batch, k, dtype=wide, device="cpu"),
+        grad_values=torch.empty(n, d, dtype=wide, device="cpu"),
+        grad_b_enc=torch.empty(n, dtype=wide, device="cpu"),
+        grad_b_dec=torch.empty(m, dtype=wide, device="cpu"),
+    )
+    inputs = (h, rows, values, b_enc, b_dec)
+    outputs = (out.indices, out.code, out.residual, out.errors, out.grad_values, out.grad_b_enc, out.grad_b_dec)
+    pointers = (tensor.data_ptr() for tensor in (*inputs, *outputs))
+    _run("train_step", *pointers, batch, m, n, d, k, _DTYPES[h.dtype], bool(relu))
     return out
 
 

@@ -55,7 +55,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _grad_indices: Tensor, grad: Tensor):
+    def backward(ctx: Any, _grad_indices: Tensor, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         h, weight, indices, chosen = ctx.saved_tensors
         if ctx.relu:
             grad = grad * (chosen > 0)
@@ -75,7 +75,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, code_values, weight = ctx.saved_tensors
         grad_code = grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -93,7 +93,7 @@ class _CorrelateAt(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         h, indices, weight = ctx.saved_tensors
         grad_h = _embed_sum(indices, grad, weight) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_grad(h, indices, grad, weight.shape[0]) if ctx.needs_input_grad[2] else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     return asked
 
 
-def _implementation(name: str, backend: str, device: torch.device) -> Callable[..., Tensor]:
+def _implementation(name: str, backend: str, device: torch.device) -> Callable[..., Any]:
     return getattr(_BACKENDS[resolve_backend(backend, device)], name)
 
 
@@ -61,11 +62,18 @@ def _correlate_context(ctx, inputs, output) -> None:
 
 
 def _correlate_backward(ctx, grad: Tensor):
-    # The full gradient is dense by nature: every feature is active. Two matrix products, no kernel of its own.
+    # Dense by nature, every feature is active: matrix products, a block of features at a time to bound the memory.
     h, rows, values = ctx.saved_tensors
-    dense = reference.to_dense(rows, values.to(grad.dtype), h.shape[1])
-    grad_values = (h.to(grad.dtype).T @ grad).gather(0, rows.long().T).T if ctx.needs_input_grad[2] else None
-    return grad @ dense.T, None, None if grad_values is None else grad_values.to(values.dtype), None
+    wide = reference.accumulate_dtype(h.dtype)
+    grad_h, grad_values = torch.zeros(h.shape, dtype=wide, device=h.device), []
+    for start in range(0, rows.shape[0], reference.FEATURE_BLOCK):
+        part = slice(start, start + reference.FEATURE_BLOCK)
+        block = grad[:, part].to(wide)
+        if ctx.needs_input_grad[0]:
+            grad_h = grad_h + block @ reference.to_dense(rows[part], values[part].to(wide), h.shape[1]).T
+        if ctx.needs_input_grad[2]:
+            grad_values.append((block.T @ h.to(wide)).gather(1, rows[part].long()).to(values.dtype))
+    return grad_h.to(h.dtype), None, torch.cat(grad_values) if grad_values else None, None
 
 
 @torch.library.custom_op("expander_sae::encode_topk", mutates_args=())

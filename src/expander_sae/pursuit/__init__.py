@@ -10,6 +10,8 @@ refit) for speed and :func:`omp` for the best residual; to recover a code that i
 from __future__ import annotations
 
 from expander_sae.pursuit.code import PursuitCode
+from expander_sae.pursuit.combinatorial import expander_recovery, lddsr, parallel_l0, serial_l0
+from expander_sae.pursuit.combinatorial_noisy import robust_l0, smp, ssmp
 from expander_sae.pursuit.convex import fista, ista
 from expander_sae.pursuit.least_squares import refit
 from expander_sae.pursuit.matching import gradient_pursuit, matching_pursuit
@@ -23,17 +25,24 @@ __all__ = [
     "Solver",
     "check_options",
     "cosamp",
+    "expander_recovery",
     "fista",
     "gradient_pursuit",
     "htp",
     "iht",
     "ista",
+    "lddsr",
     "matching_pursuit",
     "niht",
     "ols",
     "omp",
     "options_of",
+    "parallel_l0",
     "refit",
+    "robust_l0",
+    "serial_l0",
+    "smp",
     "solver",
+    "ssmp",
     "subspace_pursuit",
 ]

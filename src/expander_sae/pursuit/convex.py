@@ -23,10 +23,10 @@ def ista(
     refit: bool = True,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """Iterative soft thresholding (Daubechies, Defrise & De Mol 2004) on ``½‖h - Wx‖² + λ‖x‖₁``, ``λ = penalty · max|Wᵀh|``.
+    """Iterative soft thresholding (Daubechies, Defrise & De Mol 2004) on ``½‖h - Wx‖² + λ‖x‖₁``.
 
     Args:
-        penalty: ``λ`` as a fraction of the value at which the code is zero, in ``(0, 1)``; of each sample.
+        penalty: ``λ`` as a fraction, in ``(0, 1)``, of ``max|Wᵀh|``, at which a sample's code is zero.
         steps: steps of size ``1 / ‖W‖²``; a sample ends when its code stands still.
         nonnegative: ``x ≥ 0`` throughout.
         refit: least squares on the ``k`` largest coefficients, which undoes the shrinkage.
@@ -49,7 +49,7 @@ def fista(
     refit: bool = True,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """FISTA (Beck & Teboulle 2009) with the gradient restart of O'Donoghue & Candès (2015). Arguments as :func:`ista`."""
+    """FISTA (Beck & Teboulle 2009), restarted by gradients (O'Donoghue & Candès 2015). Arguments as :func:`ista`."""
     return _run(h, dictionary, k, penalty, steps, nonnegative, refit, b_dec, momentum=True)
 
 
@@ -82,9 +82,7 @@ def _run(
     return run(solve, h, dictionary, k, b_dec, cells=lambda matrix: 8 * matrix.d_sae + 2 * k * matrix.d_in + 3 * k * k)
 
 
-def _proximal(
-    problem: Problem, penalty: float, steps: int, nonnegative: bool, momentum: bool
-) -> tuple[Tensor, Tensor]:
+def _proximal(problem: Problem, penalty: float, steps: int, nonnegative: bool, momentum: bool) -> tuple[Tensor, Tensor]:
     matrix, targets = problem.matrix, problem.targets
     combine = synthesis(matrix)
     correlations = matrix.correlate(targets)

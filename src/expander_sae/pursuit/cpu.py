@@ -45,7 +45,7 @@ def omp(
     tol: float | None,
     signed: bool,
 ) -> dict[str, Any]:
-    """See :func:`expander_sae.pursuit.omp`. ``targets (B, m)`` float32, ``matrix`` with unit columns, ``norms`` as they were."""
+    """See :func:`expander_sae.pursuit.omp`; ``targets (B, m)``, ``matrix`` of unit columns, the ``norms`` they had."""
     return _run("omp", targets, matrix, norms, k, tol, signed, block, disjoint)
 
 
@@ -65,7 +65,14 @@ def matching_pursuit(
 
 
 def _run(
-    name: str, targets: Tensor, matrix: ExpanderMatrix, norms: Tensor, k: int, tol: float | None, signed: bool, *options: int
+    name: str,
+    targets: Tensor,
+    matrix: ExpanderMatrix,
+    norms: Tensor,
+    k: int,
+    tol: float | None,
+    signed: bool,
+    *options: int,
 ) -> dict[str, Any]:
     batch = targets.shape[0]
     n, d = matrix.rows.shape
@@ -76,7 +83,7 @@ def _run(
     outputs = [indices, values, residual_norms, iterations, used]
     pointers = (tensor.data_ptr() for tensor in inputs + outputs)
     sizes = (batch, matrix.d_in, n, d, k)
-    kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed, *options)
+    kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed, *options)  # type: ignore[arg-type]
     return {
         "indices": indices,
         "values": values,

@@ -144,7 +144,7 @@ def solve_support(problem: Problem, features: Tensor, used: Tensor) -> tuple[Ten
     """Least squares on ``features (B, p)`` where ``used``; one refinement step.
 
     Returns:
-        coefficients ``(B, p)``, 0 in slots that are unused, dependent on earlier ones, or repeated; and the slots taken.
+        coefficients ``(B, p)``, 0 in slots unused, repeated or dependent on earlier ones; and the slots taken.
     """
     factor, taken = guarded_cholesky(support_gram(problem.matrix, features), used)
     indices = features.to(torch.int32)
@@ -158,7 +158,7 @@ def solve_support(problem: Problem, features: Tensor, used: Tensor) -> tuple[Ten
 
 
 def nonnegative_step(gram: Tensor, right: Tensor, active: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inner loop of Lawson & Hanson (1974, ch. 23): least squares on the active slots, dropping those that leave ``x ≥ 0``.
+    """The inner loop of Lawson & Hanson (1974, ch. 23): least squares, dropping the slots that leave ``x ≥ 0``.
 
     Args:
         gram: ``(B, p, p)``; right: ``(B, p)``, ``Wᵀh``; active: bool ``(B, p)``; x: ``(B, p)``, feasible.
@@ -184,7 +184,11 @@ def nonnegative_step(gram: Tensor, right: Tensor, active: Tensor, x: Tensor) -> 
 
 
 def nonnegative_support(problem: Problem, features: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-negative least squares on ``features (B, p)`` where ``used`` (Lawson & Hanson 1974): coefficients and active slots."""
+    """Non-negative least squares on ``features (B, p)`` where ``used`` (Lawson & Hanson 1974).
+
+    Returns:
+        coefficients ``(B, p)`` and the slots where they are positive.
+    """
     gram = support_gram(problem.matrix, features)
     right = problem.matrix.correlate_at(problem.targets, features.to(torch.int32)) * used
     floor = problem.floor.unsqueeze(1)
@@ -230,7 +234,9 @@ def refit(
     if indices.is_floating_point() or indices.dtype == torch.bool:
         raise TypeError(f"indices must be integers, got {indices.dtype}")
     if indices.dim() != h.dim() or indices.shape[:-1] != h.shape[:-1]:
-        raise ValueError(f"indices {tuple(indices.shape)} do not fit activations {tuple(h.shape)}: expected (..., k) and (..., m)")
+        raise ValueError(
+            f"indices {tuple(indices.shape)} do not fit activations {tuple(h.shape)}: expected (..., k) and (..., m)"
+        )
     n = dictionary.d_sae
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= n):
         raise ValueError(f"indices must lie in [0, {n}), got [{int(indices.min())}, {int(indices.max())}]")

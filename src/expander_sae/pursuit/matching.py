@@ -112,7 +112,7 @@ def gradient_pursuit(
     nonnegative: bool = False,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """Gradient pursuit (Blumensath & Davies 2008): after each selection, gradient steps on the support instead of a solve.
+    """Gradient pursuit (Blumensath & Davies 2008): gradient steps on the support instead of a least-squares solve.
 
     Each step goes along the residual's gradient on the support with the exact line search. With ``nonnegative`` this is
     what "inference-time optimisation" of SAE codes uses: coefficients are clipped at 0 after each step.
@@ -153,7 +153,7 @@ def _gradient(problem: Problem, steps: int, tol: float | None, nonnegative: bool
             slope = matrix.correlate_at(residual, features.to(torch.int32)) * used
             if nonnegative:
                 slope = slope.masked_fill((x <= 0) & (slope < 0), 0.0)
-            direction = problem.targets - problem.residual(features, slope)
+            direction = problem.combine(features, slope)
             curvature = direction.square().sum(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
             size = torch.where(live, (residual * direction).sum(dim=1) / curvature, 0.0)
             x = x + size.unsqueeze(1) * slope

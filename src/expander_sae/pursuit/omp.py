@@ -27,7 +27,7 @@ def omp(
     b_dec: Tensor | None = None,
     backend: str | None = None,
 ) -> PursuitCode:
-    """Orthogonal matching pursuit: rounds of selection by correlation with the residual, each followed by a least-squares refit.
+    """Orthogonal matching pursuit: rounds of selection by correlation with the residual and a refit.
 
     ``block=1`` is OMP (Pati, Rezaiifar & Krishnaprasad 1993), ``block=k`` one-shot selection with a refit, values
     between are generalised OMP (Wang, Kwon & Shim 2012) and the paper's Table 5. On overlapping columns the best ``L``
@@ -59,7 +59,7 @@ def omp(
         TypeError, ValueError: see :func:`expander_sae.pursuit.problem.run`; ``block`` outside ``[1, k]``; ``tol``
             negative or not finite; ``disjoint`` on a dense dictionary.
     """
-    if not 1 <= block <= k:
+    if not 1 <= block <= max(k, 1):  # k itself is checked with the other inputs
         raise ValueError(f"block must be between 1 and k = {k}, got {block}")
     check_tolerance(tol)
     matrix = as_matrix(dictionary)
@@ -119,7 +119,9 @@ def _nonnegative_omp(problem: Problem, block: int, disjoint: bool, tol: float | 
     active = torch.zeros(batch, k, dtype=torch.bool, device=device)
     gram = torch.eye(k, dtype=targets.dtype, device=device).repeat(batch, 1, 1)
     right, x = targets.new_zeros(batch, k), targets.new_zeros(batch, k)
-    stamp = torch.zeros(batch, k, dtype=torch.int64, device=device)  # when a slot was filled, for the order of the result
+    stamp = torch.zeros(
+        batch, k, dtype=torch.int64, device=device
+    )  # when a slot was filled, for the order of the result
     futile = torch.zeros(batch, matrix.d_sae, dtype=torch.bool, device=device)
     residual = targets
     rounds = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -169,7 +171,7 @@ def ols(
     tol: float | None = None,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """Orthogonal least squares (Chen, Billings & Luo 1989): each step takes the column that lowers the refitted residual most.
+    """Orthogonal least squares (Chen, Billings & Luo 1989): take the column that lowers the refitted residual most.
 
     The score is ``⟨w_j, r⟩² / ‖P⊥ w_j‖²``: OMP's, with the column's own distance to the span of the support below it.
     Costs one correlation a step, of the new orthonormal direction (THEORY C.10). Arguments and errors as :func:`omp`.
@@ -191,7 +193,9 @@ def _ols(problem: Problem, tol: float | None) -> Solution:
     while bool(live.any()):
         dependent = distance <= pivot_floor(targets.dtype)
         weak = correlations.abs() <= floor
-        gain = (correlations.square() / distance.clamp_min(pivot_floor(targets.dtype))).masked_fill(blocked | dependent | weak, -1.0)
+        gain = (correlations.square() / distance.clamp_min(pivot_floor(targets.dtype))).masked_fill(
+            blocked | dependent | weak, -1.0
+        )
         strength, feature = selection.best(gain, 1)
         live = live & (strength[:, 0] > 0)
         accepted = active.append(feature.squeeze(1), live)

@@ -1,8 +1,8 @@
-"""The common ground of the solvers: inputs checked and scaled, memory capped, the code brought back to the input's units.
+"""The common ground of the solvers: inputs checked and scaled, memory capped, the code back in the input's units.
 
-Every solver works on *unit* columns and on samples scaled by a power of two to a largest entry in ``[½, 1)``. Scores are
-therefore normalised correlations ``⟨w_j, r⟩ / ‖w_j‖`` whatever the dictionary's norms are, tolerances are relative, and
-no square can overflow. 16-bit inputs are solved in float32; float64 stays float64.
+Every solver works on *unit* columns and on samples scaled by a power of two to a largest entry in ``[½, 1)``. Scores
+are therefore normalised correlations ``⟨w_j, r⟩ / ‖w_j‖`` whatever the dictionary's norms are, tolerances are relative,
+and no square can overflow. 16-bit inputs are solved in float32; float64 stays float64.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ class Problem:
         """``(B,)``: the residual norm at which a sample is done; ``tol`` is relative to the sample's own norm."""
         return self.floor if tol is None else self.targets.norm(dim=1) * tol + torch.finfo(self.targets.dtype).tiny
 
+    def combine(self, features: Tensor, values: Tensor) -> Tensor:
+        """``W x``, ``(B, m)``; unused slots must have value 0."""
+        return self.matrix.decode(SparseCode(features.to(torch.int32), values))
+
     def residual(self, features: Tensor, values: Tensor) -> Tensor:
-        """``targets - W x``, ``(B, m)``; unused slots must have value 0."""
-        return self.targets - self.matrix.decode(SparseCode(features.to(torch.int32), values))
+        """``targets - W x``, ``(B, m)``."""
+        return self.targets - self.combine(features, values)
 
 
 def as_matrix(dictionary: Matrix | Dictionary) -> Matrix:
@@ -117,7 +121,7 @@ def run(
         k: features a sample.
         b_dec: ``(m,)``, subtracted from ``h`` first; ``None`` for zero.
         cells: floats a sample needs in memory; default: what a greedy solver needs.
-        fast: the same solver in C++, called with all samples, unit columns and the norms they had; ``None`` if there is none.
+        fast: the same solver in C++, if there is one; called with all samples, unit columns and the norms they had.
         backend: ``None`` (C++ where it applies), ``"reference"`` (PyTorch) or ``"cpu"`` (C++ or an error).
 
     Raises:
@@ -132,10 +136,16 @@ def run(
         flat = h.detach().reshape(-1, matrix.d_in).to(wide)
         if b_dec is not None:
             flat = flat - b_dec.detach().to(wide)
+        if flat.shape[0] == 0:
+            return _nothing(h, k, wide)
         if not bool(flat.isfinite().all()):
             bad = int((~flat.isfinite().all(dim=1)).sum())
             raise ValueError(f"{bad} of {flat.shape[0]} samples have entries that are not finite; leave them out first")
-        if cpu.chosen(backend, unit, wide, supported=fast is not None) and fast is not None and isinstance(unit, ExpanderMatrix):
+        if (
+            cpu.chosen(backend, unit, wide, supported=fast is not None)
+            and fast is not None
+            and isinstance(unit, ExpanderMatrix)
+        ):
             result = fast(flat, unit, norms)
             result["values"] = result["values"].to(h.dtype)
             return PursuitCode(**result).reshape(*h.shape[:-1])
@@ -150,10 +160,22 @@ def run(
         return PursuitCode(**merged).reshape(*h.shape[:-1])
 
 
+def _nothing(h: Tensor, k: int, dtype: torch.dtype) -> PursuitCode:
+    """The code of an empty batch."""
+    shape = h.shape[:-1]
+    return PursuitCode(
+        indices=torch.zeros(*shape, k, dtype=torch.int32, device=h.device),
+        values=h.new_zeros(*shape, k),
+        residual_norms=h.new_zeros(shape, dtype=dtype),
+        iterations=torch.zeros(shape, dtype=torch.int32, device=h.device),
+        stopped_early=torch.zeros(shape, dtype=torch.bool, device=h.device),
+    )
+
+
 def _finish(
     solver: Callable[[Problem], Solution], unit: Matrix, norms: Tensor, part: Tensor, k: int, first: int
 ) -> dict[str, Any]:
-    exponent = torch.frexp(part.abs().amax(dim=1, keepdim=True)).exponent if part.shape[0] else part[:, :1].int()
+    exponent = torch.frexp(part.abs().amax(dim=1, keepdim=True)).exponent
     problem = Problem(unit, torch.ldexp(part, -exponent), k, first)
     features, values, used, rounds = solver(problem)
     # Used slots first, in the order of selection.
@@ -176,7 +198,9 @@ def check(h: Tensor, matrix: Matrix, k: int, b_dec: Tensor | None) -> None:
     if not h.is_floating_point():
         raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
     if h.dim() == 0 or h.shape[-1] != matrix.d_in:
-        raise ValueError(f"activations have shape {tuple(h.shape)}, the dictionary has d_in = {matrix.d_in}: expected (..., d_in)")
+        raise ValueError(
+            f"activations have shape {tuple(h.shape)}, the dictionary has d_in = {matrix.d_in}: expected (..., d_in)"
+        )
     if not 1 <= k <= matrix.d_sae:
         raise ValueError(f"k must be between 1 and d_sae = {matrix.d_sae}, got {k}: a code cannot have more features")
     if b_dec is not None and b_dec.shape != (matrix.d_in,):
@@ -184,9 +208,9 @@ def check(h: Tensor, matrix: Matrix, k: int, b_dec: Tensor | None) -> None:
 
 
 def chunks(flat: Tensor, cells_per_sample: int) -> Iterator[Tensor]:
-    """``flat`` in pieces that keep ``cells_per_sample`` floats a sample under :data:`WORKING_BYTES`; at least one piece."""
+    """``flat`` in pieces that keep ``cells_per_sample`` floats a sample under :data:`WORKING_BYTES`."""
     size = max(1, WORKING_BYTES // (cells_per_sample * flat.element_size()))
-    yield from flat.split(size) if flat.shape[0] else [flat]
+    yield from flat.split(size)
 
 
 def synthesis(matrix: Matrix) -> Callable[[Tensor], Tensor]:
@@ -195,7 +219,9 @@ def synthesis(matrix: Matrix) -> Callable[[Tensor], Tensor]:
         n, d = matrix.rows.shape
         column = torch.arange(n, device=matrix.device).repeat_interleave(d)
         places = torch.stack([matrix.rows.flatten().long(), column])
-        sparse = torch.sparse_coo_tensor(places, matrix.values.flatten(), (matrix.d_in, n)).coalesce()
+        sparse = torch.sparse_coo_tensor(
+            places, matrix.values.flatten(), (matrix.d_in, n), check_invariants=False
+        ).coalesce()
         return lambda x: (sparse @ x.T).T
     dense = matrix.to_dense()
     return lambda x: x @ dense.T

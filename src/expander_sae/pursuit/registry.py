@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
-
-from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit.code import PursuitCode
+from expander_sae.pursuit.combinatorial import expander_recovery, lddsr, parallel_l0, serial_l0
+from expander_sae.pursuit.combinatorial_noisy import robust_l0, smp, ssmp
 from expander_sae.pursuit.convex import fista, ista
 from expander_sae.pursuit.matching import gradient_pursuit, matching_pursuit
 from expander_sae.pursuit.omp import ols, omp
 from expander_sae.pursuit.thresholding import cosamp, htp, iht, niht, subspace_pursuit
 
-
-class Solver(Protocol):
-    """``solver(h, dictionary, k, b_dec=..., **options)``; which options there are is :func:`options_of`."""
-
-    def __call__(self, h: Tensor, dictionary: Matrix | Dictionary, k: int, **options: Any) -> PursuitCode: ...
-
+Solver = Callable[..., PursuitCode]
+"""``solver(h, dictionary, k, b_dec=..., **options)``; which options there are is :func:`options_of`."""
 
 SOLVERS: dict[str, Solver] = {
     "omp": omp,
@@ -33,6 +29,13 @@ SOLVERS: dict[str, Solver] = {
     "subspace-pursuit": subspace_pursuit,
     "ista": ista,
     "fista": fista,
+    "parallel-l0": parallel_l0,
+    "serial-l0": serial_l0,
+    "robust-l0": robust_l0,
+    "smp": smp,
+    "ssmp": ssmp,
+    "expander-recovery": expander_recovery,
+    "lddsr": lddsr,
 }
 """Name to solver."""
 
@@ -61,4 +64,4 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     known = options_of(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it takes {', '.join(map(repr, known)) or 'none'}")
+        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it takes {', '.join(map(repr, known))}")

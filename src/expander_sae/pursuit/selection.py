@@ -12,7 +12,7 @@ CANDIDATES_A_PICK = 8  # a row-disjoint round looks at this many features for ea
 
 
 def scores(correlations: Tensor, blocked: Tensor, signed: bool, floor: Tensor) -> Tensor:
-    """``(B, n)``: what is maximised, ``|c|`` or signed ``c``; -1 where ``blocked`` or not above ``floor (B,)``, which is at least 0."""
+    """``(B, n)``: what is maximised, ``|c|`` or signed ``c``; -1 where ``blocked`` or not above ``floor (B,) ≥ 0``."""
     score = correlations if signed else correlations.abs()
     return score.masked_fill(blocked | ~(score > floor.unsqueeze(1)), -1.0)
 

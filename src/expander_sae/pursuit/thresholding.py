@@ -64,9 +64,9 @@ def niht(
     refit: bool = True,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """Normalised IHT (Blumensath & Davies 2010): the step is the exact line search on the current support, cut back when the support changes.
+    """Normalised IHT (Blumensath & Davies 2010): the step is the exact line search on the current support.
 
-    Arguments as :func:`iht`.
+    A step that changes the support is cut back until it cannot raise the residual. Arguments as :func:`iht`.
     """
     _check(steps, tol)
     return run(lambda problem: _niht(problem, steps, tol, refit, pursue=False), h, dictionary, k, b_dec)
@@ -191,7 +191,7 @@ def _niht(problem: Problem, steps: int, tol: float | None, refit: bool, *, pursu
             break
         gradient = matrix.correlate(now.residual)
         on_support = gradient.gather(1, now.features)
-        moved = problem.targets - problem.residual(now.features, on_support)
+        moved = problem.combine(now.features, on_support)
         step = on_support.square().sum(dim=1) / moved.square().sum(dim=1).clamp_min(tiny)
         x = torch.zeros_like(gradient).scatter_add_(1, now.features, now.values)
         pending = live
@@ -235,7 +235,9 @@ def _exchange(problem: Problem, added: int, steps: int, tol: float | None) -> So
         if not bool(live.any()):
             break
         held = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=values.device)
-        score = selection.scores(matrix.correlate(now.residual), held.scatter_(1, now.features, True), False, torch.zeros_like(norm))
+        score = selection.scores(
+            matrix.correlate(now.residual), held.scatter_(1, now.features, True), False, torch.zeros_like(norm)
+        )
         _, more = selection.best(score, extra)
         pool = torch.cat([now.features, more], dim=1)
         pooled, _ = solve_support(problem, pool, torch.ones_like(pool, dtype=torch.bool))

@@ -1,0 +1,1 @@
+"""Speed and memory against the peers, on the same inputs in the same process: ``python -m benchmarks``."""

@@ -1,0 +1,90 @@
+"""``python -m benchmarks``: time and memory against the peers, answers compared first."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import encode, memory, peers, pursuit, report, step
+from benchmarks.cases import DEFAULT_SIZES, Shape
+from benchmarks.checks import WrongAnswer
+from benchmarks.measure import Row, Settings
+
+_BUSY = 0.5  # load a core
+
+SUITES: dict[str, Callable[[Shape, Settings], list[Row]]] = {
+    "encode": encode.run,
+    "step": step.run,
+    "pursuit": pursuit.run,
+    "memory": memory.run,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the suites; 1 if two contenders disagree."""
+    options = _parser().parse_args(arguments)
+    unknown = sorted(set(options.suites) - set(SUITES))
+    if unknown:
+        _parser().error(f"unknown suite {unknown[0]!r}; choose from {', '.join(SUITES)}")
+    settings = Settings(options.repeats, options.threads, options.batch)
+    torch.set_num_threads(settings.threads)
+    peers.limit_threads(settings.threads)
+    _warm_up()
+    found = report.machine(settings)
+    print(report.describe(found))
+    if (found["load_average_before"] or 0) > _BUSY * (found["cores"] or 1):
+        print("The machine is busy: these figures will not be worth keeping.", file=sys.stderr)
+    everything: list[Row] = []
+    for suite in options.suites or SUITES:
+        rows: list[Row] = []
+        for shape in options.sizes or [Shape.parse(size) for size in DEFAULT_SIZES[suite]]:
+            print(f"{suite}: {shape} …", file=sys.stderr, flush=True)
+            try:
+                rows += SUITES[suite](shape, settings)
+            except WrongAnswer as error:
+                print(f"{suite}, {shape}: wrong answer, nothing is timed. {error}", file=sys.stderr)
+                return 1
+        report.show(suite, rows)
+        everything += rows
+        if options.json:
+            report.save(options.json, everything, found, settings)
+    return 0
+
+
+def _warm_up() -> None:
+    """Have everybody's lazy imports and thread pools in place: they are nobody's memory or time."""
+    tiny = Shape(8, 16, 2, 2)
+    for suite in (encode, step):
+        suite.run(tiny, Settings(repeats=1, batch=8))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; default all")
+    parser.add_argument("--sizes", type=_sizes, help="d_in x d_sae x degree x k, such as 512x4096x7x64,576x4608x7x32")
+    parser.add_argument("--repeats", type=_positive, default=5, help="turns of each contender (5)")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: as PyTorch")
+    parser.add_argument("--batch", type=_positive, default=1024, help="samples a batch (1024)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and the tables as Markdown beside it")
+    return parser
+
+
+def _sizes(text: str) -> list[Shape]:
+    try:
+        return [Shape.parse(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on, not {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

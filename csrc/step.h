@@ -1,0 +1,140 @@
+// One training step of the plain case: L = mean over samples of |r|^2, r = h - b_dec - W x, x = TopK(Wᵀ(h - b_dec) + b_enc),
+// and its gradient by W's values and both biases. With c = h - b_dec and y = dL/dz on the selected features,
+//   dL/dx = -2/B Wᵀr,   y = dL/dx (where a ReLU let it through),
+//   dL/dW[:, j]  = sum_b (-2/B) x_j r + y_j c      (restricted to the support),
+//   dL/db_enc    = sum_b y,   dL/db_dec = -2/B sum_b r - W dL/db_enc.
+#pragma once
+
+#include "common.h"
+#include "simd.h"
+#include "sparse.h"
+
+namespace {
+
+using expander::StepArgs;
+
+// to = h[b] - b_dec
+template <class Float, class S>
+EXPANDER_INLINE void centred_row(const StepArgs& a, int64_t b, S* to) {
+  const auto* h = static_cast<const typename Float::type*>(a.h) + b * a.m;
+  const S* center = static_cast<const S*>(a.b_dec);
+  int64_t i = 0;
+  if constexpr (sizeof(S) == 4) {
+    for (; i + kLanes <= a.m; i += kLanes) store(to + i, Float::load_lanes(h + i) - load(center + i));
+  }
+  for (; i < a.m; ++i) to[i] = Float::load(h[i]) - center[i];
+}
+
+template <class Float>
+bool step_samples_as(const StepArgs& a, int64_t begin, int64_t end, void*) {
+  using S = typename Sum<Float>::type;
+  const S scale = S(-2) / static_cast<S>(a.B);
+  bool good = true;
+  for (int64_t b = begin; b < end; ++b) {
+    S* const r = static_cast<S*>(a.residual) + b * a.m;
+    centred_row<Float>(a, b, r);
+    const int32_t* index = a.indices + b * a.k;
+    const S* code = static_cast<const S*>(a.code) + b * a.k;
+    S* const grad = static_cast<S*>(a.code_grad) + b * a.k;
+    for (int64_t s = 0; s < a.k; ++s) {
+      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
+      grad[s] = 0;
+      if (!valid(a, index[s])) {
+        good = false;
+        continue;
+      }
+      const int64_t at = static_cast<int64_t>(index[s]) * a.d;
+      const int32_t* rows = a.rows + at;
+      const S* values = static_cast<const S*>(a.values) + at;
+      for (int64_t t = 0; t < a.d; ++t) r[rows[t]] -= code[s] * values[t];
+    }
+    S* const sum = static_cast<S*>(a.partial) + b / expander::kStepChunk * a.m;
+    if (b % expander::kStepChunk == 0) std::memset(sum, 0, static_cast<size_t>(a.m) * sizeof(S));
+    constexpr int kParts = 16;
+    S part[kParts] = {};
+    int64_t i = 0;
+    for (; i + kParts <= a.m; i += kParts) {
+      for (int l = 0; l < kParts; ++l) {
+        part[l] += r[i + l] * r[i + l];
+        sum[i + l] += r[i + l];
+      }
+    }
+    S error = 0;
+    for (; i < a.m; ++i) {
+      error += r[i] * r[i];
+      sum[i] += r[i];
+    }
+    for (int l = 0; l < kParts; ++l) error += part[l];
+    static_cast<S*>(a.errors)[b] = error;
+    if (!good) continue;
+    for (int64_t s = 0; s < a.k; ++s) {
+      const int64_t at = static_cast<int64_t>(index[s]) * a.d;
+      const int32_t* rows = a.rows + at;
+      const S* values = static_cast<const S*>(a.values) + at;
+      S dot = 0;
+      for (int64_t t = 0; t < a.d; ++t) dot += values[t] * r[rows[t]];
+      grad[s] = a.relu && !(code[s] > 0) ? S(0) : scale * dot;
+    }
+  }
+  return good;
+}
+
+// Gradients by the values and b_enc of features [first, last); see values_grad_as for why a range of features.
+template <class Float>
+bool step_features_as(const StepArgs& a, int64_t first, int64_t last, void* scratch) {
+  using S = typename Sum<Float>::type;
+  const S scale = S(-2) / static_cast<S>(a.B);
+  S* const grad_values = static_cast<S*>(a.grad_values);
+  S* const grad_b_enc = static_cast<S*>(a.grad_b_enc);
+  S* const c = static_cast<S*>(scratch);
+  auto* const mine = reinterpret_cast<int32_t*>(c + a.m);
+  std::memset(grad_values + first * a.d, 0, static_cast<size_t>((last - first) * a.d) * sizeof(S));
+  std::memset(grad_b_enc + first, 0, static_cast<size_t>(last - first) * sizeof(S));
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int32_t* index = a.indices + b * a.k;
+    const S* code = static_cast<const S*>(a.code) + b * a.k;
+    const S* code_grad = static_cast<const S*>(a.code_grad) + b * a.k;
+    const S* r = static_cast<const S*>(a.residual) + b * a.m;
+    int64_t count = 0;
+    for (int64_t s = 0; s < a.k; ++s) {
+      mine[count] = static_cast<int32_t>(s);
+      const int64_t feature = index[s];
+      count += (feature >= first) & (feature < last);
+    }
+    if (b + 1 < a.B) fetch(r + a.m, a.m * static_cast<int64_t>(sizeof(S)));
+    if (count == 0) continue;
+    centred_row<Float>(a, b, c);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) {
+        const int64_t at = static_cast<int64_t>(index[mine[i + kAhead]]) * a.d;
+        const int64_t bytes = a.d * 4 < 256 ? a.d * 4 : 256;
+        fetch(a.rows + at, bytes);
+        fetch(grad_values + at, bytes);
+      }
+      const int64_t feature = index[mine[i]];
+      const int32_t* rows = a.rows + feature * a.d;
+      S* const grad = grad_values + feature * a.d;
+      const S x = scale * code[mine[i]], y = code_grad[mine[i]];
+      for (int64_t t = 0; t < a.d; ++t) grad[t] += x * r[rows[t]] + y * c[rows[t]];
+      grad_b_enc[feature] += y;
+    }
+  }
+  return true;
+}
+
+size_t step_scratch_bytes(const StepArgs& a) { return static_cast<size_t>(a.m * 8 + a.k * 4) + 64; }
+
+#define EXPANDER_STEP(name)                                                        \
+  bool name(const StepArgs& a, int64_t begin, int64_t end, void* scratch) {        \
+    switch (a.dtype) {                                                             \
+      case expander::DType::bf16: return name##_as<BF16>(a, begin, end, scratch);  \
+      case expander::DType::f16: return name##_as<F16>(a, begin, end, scratch);    \
+      case expander::DType::f64: return name##_as<F64>(a, begin, end, scratch);    \
+      default: return name##_as<F32>(a, begin, end, scratch);                      \
+    }                                                                              \
+  }
+EXPANDER_STEP(step_samples)
+EXPANDER_STEP(step_features)
+#undef EXPANDER_STEP
+
+}  // namespace

@@ -1,0 +1,196 @@
+"""The hot operations in Triton, for CUDA. Same functions, same meaning as :mod:`expander_sae.ops.reference`.
+
+Tested under ``TRITON_INTERPRET=1`` on CPU tensors; **not measured on hardware yet**: the sizes of tiles come from counted
+bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
+
+Results are the same bits run after run: no sum depends on the order in which programs finish. float64, empty tensors and
+``k`` above 1024 in ``encode_topk`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct within a
+feature (what :class:`expander_sae.mask.Mask` guarantees), and ``indices`` in ``[0, n)``: to check them here would make the
+processor wait for the GPU at every call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from expander_sae.ops import reference
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_INDEX = 2**31 - 1
+_MAX_K = 1024  # longer lists are sorted whole by one program in encode_topk: past this the reference is the better choice
+_OLDEST_CAPABILITY = (7, 0)
+
+
+def available(device: torch.device) -> bool:
+    """Whether these kernels can run on ``device``."""
+    return not why_not(device)
+
+
+def why_not(device: torch.device) -> str:
+    """Why :func:`available` says no; empty when it says yes."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package 'triton' is not installed (it comes with PyTorch for CUDA)"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_CAPABILITY:
+            return f"Triton needs compute capability 7.0, {torch.cuda.get_device_name(device)} has {capability}"
+        return ""
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        return "on the CPU they only run interpreted, for tests: set TRITON_INTERPRET=1 before Python starts"
+    return f"the Triton kernels work on CUDA tensors, not on {device.type}"
+
+
+# The kernels are imported at the first call: this module must load without triton, and triton's import is slow.
+
+
+def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``Wᵀh``, ``(B, n)``: ``z[b, j] = Σ_t values[j, t] · h[b, rows[j, t]]``.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit.
+    """
+    _check(h, rows, values=values)
+    if h.dtype == torch.float64 or not (h.numel() and rows.numel()):
+        return reference.correlate(h, rows, values)
+    from expander_sae.ops.triton import scores
+
+    with _on(h):
+        return scores.correlate(h.detach(), rows.contiguous(), values.detach().contiguous())
+
+
+def encode_topk(
+    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor | None, k: int, relu: bool = False, magnitude: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest entries of ``Wᵀh + b_enc`` a sample, largest first, ties to the lower index, NaN before all.
+
+    Never holds ``(B, n)``: extra memory is a transposed copy of ``h``, one of the dictionary, and at most about
+    ``150·k`` bytes a sample; see :mod:`expander_sae.ops.triton.encode` for how. ``magnitude`` ranks by ``|z|`` and
+    returns signed ``z``; ``relu`` clips the chosen values at 0.
+
+    Returns:
+        indices int32 ``(B, k)`` and values ``(B, k)`` in the type of ``h``.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit, or ``k`` is outside ``[0, n]``.
+    """
+    _check(h, rows, values=values)
+    n = rows.shape[0]
+    if not 0 <= k <= n:
+        raise ValueError(f"k must be between 0 and d_sae = {n}, got {k}")
+    if b_enc is not None and b_enc.shape != (n,):
+        raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
+    if h.dtype == torch.float64 or not (k and h.numel() and rows.numel()) or k > _MAX_K:
+        return reference.encode_topk(h, rows, values, b_enc, k, relu, magnitude)
+    from expander_sae.ops.triton import encode
+
+    bias = None if b_enc is None else b_enc.detach().contiguous()
+    with _on(h):
+        return encode.encode_topk(
+            h.detach(), rows.contiguous(), values.detach().contiguous(), bias, k, bool(relu), bool(magnitude)
+        )
+
+
+def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
+    """``Wx``, ``(B, m)``: ``Σ_s code_values[b, s] · w_{indices[b, s]}``; a feature named twice counts twice.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit.
+    """
+    _check(code_values, rows, values=values, indices=indices)
+    if code_values.dtype == torch.float64 or not (code_values.numel() and rows.numel() and m):
+        return reference.decode(indices, code_values, rows, values, m)
+    from expander_sae.ops.triton import active
+
+    code, columns = code_values.detach().contiguous(), values.detach().contiguous()
+    with _on(code_values):
+        return active.decode(indices.contiguous(), code, rows.contiguous(), columns, m)
+
+
+def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``(B, k)``: ``⟨w_{indices[b, s]}, h[b]⟩``, the correlations of named features only.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit.
+    """
+    _check(h, rows, values=values, indices=indices)
+    if h.dtype == torch.float64 or not (h.numel() and rows.numel() and indices.numel()):
+        return reference.correlate_at(h, indices, rows, values)
+    from expander_sae.ops.triton import active
+
+    with _on(h):
+        return active.correlate_at(h.detach(), indices.contiguous(), rows.contiguous(), values.detach().contiguous())
+
+
+def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tensor:
+    """``(n, d)`` float32: ``out[j, t] = Σ_{b, s: indices[b, s] = j} coef[b, s] · h[b, rows[j, t]]``.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit.
+    """
+    _check(h, rows, indices=indices)
+    if coef.shape != indices.shape or coef.device != h.device:
+        raise ValueError(
+            f"coef {tuple(coef.shape)} on {coef.device} must have the shape of indices {tuple(indices.shape)} and be on {h.device}"
+        )
+    if h.dtype == torch.float64 or not (h.numel() and rows.numel() and indices.numel()):
+        return reference.values_grad(h, indices, coef, rows)
+    from expander_sae.ops.triton import active
+
+    with _on(h):
+        return active.values_grad(h.detach(), indices.contiguous(), coef.detach().contiguous(), rows.contiguous())
+
+
+def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``(B, k, k)``: ``⟨w_i, w_j⟩`` over each sample's support, in the type of ``values``. Work ``k²·d²`` a sample.
+
+    Raises:
+        TypeError: a tensor has a type the operation does not take.
+        ValueError: shapes or devices do not fit.
+    """
+    _check(values, rows, values=values, indices=indices, same_batch=False)
+    if values.dtype == torch.float64 or not (indices.numel() and rows.numel()):
+        return reference.gram(indices, rows, values)
+    from expander_sae.ops.triton import active
+
+    with _on(values):
+        return active.gram(indices.contiguous(), rows.contiguous(), values.detach().contiguous())
+
+
+def _on(tensor: Tensor) -> torch.cuda.device_of:
+    # Triton launches on the current device, wherever the tensors are.
+    return torch.cuda.device_of(tensor)
+
+
+def _check(
+    data: Tensor, rows: Tensor, *, values: Tensor | None = None, indices: Tensor | None = None, same_batch: bool = True
+) -> None:
+    """Shapes, types and devices; ``data`` is the tensor whose type decides that of the result."""
+    if data.ndim != 2:
+        raise ValueError(f"activations and codes must be matrices (B, ...), got shape {tuple(data.shape)}")
+    if data.dtype not in (*_KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"activations and codes must be float32, bfloat16, float16 or float64, got {data.dtype}")
+    if rows.ndim != 2 or rows.shape[0] > _MAX_INDEX:
+        raise ValueError(f"rows must be (n, d) with n at most {_MAX_INDEX}, got shape {tuple(rows.shape)}")
+    if rows.dtype != torch.int32:
+        raise TypeError(f"rows must be int32, got {rows.dtype}; convert them with .to(torch.int32)")
+    if values is not None and values.shape != rows.shape:
+        raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape (n, d)")
+    if indices is not None:
+        if indices.dtype != torch.int32:
+            raise TypeError(f"indices must be int32, got {indices.dtype}; convert them with .to(torch.int32)")
+        if indices.ndim != 2 or (same_batch and indices.shape[0] != data.shape[0]):
+            raise ValueError(f"indices must be (B, k) with B = {data.shape[0]}, got shape {tuple(indices.shape)}")
+    for name, tensor in (("rows", rows), ("values", values), ("indices", indices)):
+        if tensor is not None and tensor.device != data.device:
+            raise ValueError(f"{name} is on {tensor.device}, the data on {data.device}: move them to one device")
