@@ -21,6 +21,7 @@ using expander::EncodeArgs;
 using expander::EncodeJob;
 
 constexpr int kBlock = 32;     // features between two looks at the lists
+constexpr int64_t kFetchBytes = 4096;  // of rows and of values, fetched ahead
 constexpr int kStream = 2048;  // candidates of a tile kept in order of arrival before they go to their lanes' lists
 constexpr int kMaxGroup = 16;  // blocks in the first sample: 32 group maxima of up to 16 features each
 
@@ -115,6 +116,8 @@ class TileEncoder {
       ++done;
       block += stride;
       if (block >= blocks) block -= blocks;
+      const int64_t next = (block + 3 * stride) % blocks;
+      fetch_block(job_.begin + next * kBlock);
     };
 
     const int group = job_.safe ? 0 : group_blocks();
@@ -146,6 +149,19 @@ class TileEncoder {
  private:
   int block_size(int64_t start) const {
     return static_cast<int>(job_.end - start < kBlock ? job_.end - start : kBlock);
+  }
+
+  // The dictionary's part of a block visited later: the order of visits is one that no hardware prefetcher foresees.
+  EXPANDER_INLINE void fetch_block(int64_t start) const {
+    const int64_t at = start * a_.d;
+    int64_t bytes = block_size(start) * a_.d * 4;
+    bytes = bytes < kFetchBytes ? bytes : kFetchBytes;
+    const char* rows = reinterpret_cast<const char*>(a_.rows + at);
+    const char* values = reinterpret_cast<const char*>(static_cast<const float*>(a_.values) + at);
+    for (int64_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(rows + i);
+      __builtin_prefetch(values + i);
+    }
   }
 
   // A step coprime with `blocks`, near the golden section of it: every prefix of the visits covers the range evenly.

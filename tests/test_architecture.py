@@ -115,7 +115,9 @@ def test_the_check_can_see(tmp_path: Path) -> None:
         assert our_imports(File(text)) == expected, text  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if floor(name_of(path)) in HOUSE[: HOUSE.index("lm")]], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if floor(name_of(path)) in HOUSE[: HOUSE.index("lm")]], ids=name_of
+)
 def test_what_stands_below_the_language_models_knows_nothing_of_them(path: Path) -> None:
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -168,7 +170,9 @@ def test_help_does_not_wait_for_torch() -> None:
 
 # In pieces, so that this file does not find itself.
 FORBIDDEN = {
-    "a package registry's host": re.compile("py" r"pi\.org|python" r"hosted\.org|download\.py" r"torch\.org|ana" r"conda\.org", re.I),
+    "a package registry's host": re.compile(
+        "py" r"pi\.org|python" r"hosted\.org|download\.py" r"torch\.org|ana" r"conda\.org", re.I
+    ),
     "a path of one machine": re.compile(r"(?<![\w.~}])/(?:work|root|home|Users|tmp|mnt)" r"/[\w.-]"),
 }
 
@@ -176,7 +180,10 @@ FORBIDDEN = {
 def tracked_files() -> list[Path]:
     try:
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")

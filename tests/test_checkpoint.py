@@ -115,7 +115,9 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), KeyboardInterrupt()])
-def test_a_failed_save_keeps_the_last_one(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_last_one(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = Checkpoint(tmp_path / "state", IDENTITY)
     checkpoint.save(state())
     before = checkpoint.path.read_bytes()

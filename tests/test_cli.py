@@ -111,7 +111,9 @@ def test_harvest_train_evaluate_info(place: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "d4" / "log.jsonl").read_text().splitlines()) == 4
 
     out = tmp_path / "rows.json"
-    shown = run("evaluate", tmp_path / "d4", "--text", place / "text.jsonl", "--window", 16, "--windows", 5, "--out", out)
+    shown = run(
+        "evaluate", tmp_path / "d4", "--text", place / "text.jsonl", "--window", 16, "--windows", 5, "--out", out
+    )
     assert shown.exit_code == 0, shown.output
     assert "75 positions of 5 windows (heldout); replaced: all-but-first" in shown.output
     whole = json.loads(out.read_text())
@@ -125,7 +127,13 @@ def test_harvest_train_evaluate_info(place: Path, tmp_path: Path) -> None:
 
     shown = run("info", tmp_path / "d4")
     assert shown.exit_code == 0, shown.output
-    for fact in ("expander, tied encoder", "32 x 24", "learned values    96", "608 (608 B)", sae.dictionary.mask.sha256):  # type: ignore[union-attr]
+    for fact in (
+        "expander, tied encoder",
+        "32 x 24",
+        "learned values    96",
+        "608 (608 B)",
+        sae.dictionary.mask.sha256,
+    ):  # type: ignore[union-attr]
         assert fact in shown.output
     assert "files and mask match their SHA-256" in shown.output
 
@@ -147,7 +155,10 @@ def test_info_of_an_unfinished_store(tmp_path: Path) -> None:
     refused(run("train", "--store", tmp_path, "--out", tmp_path / "out"), "is unfinished: 5 rows so far")
 
 
-@pytest.mark.parametrize(("kind", "values"), [(["--dictionary", "dense"], 24 * 32), (["--encoder", "untied"], 2 * 96), (["--preset", "paper"], 96)])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(["--dictionary", "dense"], 24 * 32), (["--encoder", "untied"], 2 * 96), (["--preset", "paper"], 96)],
+)
 def test_the_other_kinds(kind: list[str], values: int, place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path, *kind)
     assert SAE.from_pretrained(tmp_path).num_values == values
@@ -166,7 +177,14 @@ def test_flags_override_the_file_and_the_file_the_preset(suffix: str, place: Pat
     path.write_text(json.dumps({"preset": "paper", "lr": 0.002, "degree": 6, "steps": 9, "seed": 4}))
     trained(place, tmp_path / "out", "--config", path, "--set", "clip_norm=2")
     found = read_config(tmp_path / "out" / "recipe.yaml")
-    assert (found["preset"], found["lr"], found["degree"], found["steps"], found["seed"], found["clip_norm"]) == ("paper", 0.002, 4, 40, 4, 2.0)
+    assert (found["preset"], found["lr"], found["degree"], found["steps"], found["seed"], found["clip_norm"]) == (
+        "paper",
+        0.002,
+        4,
+        40,
+        4,
+        2.0,
+    )
 
 
 def test_the_saved_recipe_trains_the_same_sae(place: Path, sae_folder: Path, tmp_path: Path) -> None:
@@ -186,7 +204,20 @@ def test_training_again_changes_nothing(place: Path, tmp_path: Path) -> None:
 def test_several_saes_at_once(place: Path, sae_folder: Path, tmp_path: Path) -> None:
     trained(place, tmp_path / "other", "--dictionary", "dense")
     out = tmp_path / "rows.json"
-    arguments = ("--text", place / "text.jsonl", "--window", 16, "--windows", 3, "--out", out, "--replaced", "all", "--split", "train")
+    arguments = (
+        "--text",
+        place / "text.jsonl",
+        "--window",
+        16,
+        "--windows",
+        3,
+        "--out",
+        out,
+        "--replaced",
+        "all",
+        "--split",
+        "train",
+    )
     shown = run("evaluate", sae_folder, f"{tmp_path / 'other'}/", *arguments)
     assert shown.exit_code == 0, shown.output
     rows = json.loads(out.read_text())["rows"]
@@ -252,7 +283,10 @@ def test_square_brackets_in_a_message_are_shown(place: Path, tmp_path: Path, mon
 def test_another_configuration_in_the_folder_is_refused_and_harmless(place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    refused(run("train", "--store", place / "acts", "--out", tmp_path, *SMALL, "--degree", 5), r"sae\.dictionary\.degree was 4 and is 5")
+    refused(
+        run("train", "--store", place / "acts", "--out", tmp_path, *SMALL, "--degree", 5),
+        r"sae\.dictionary\.degree was 4 and is 5",
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     trained(place, tmp_path, "--degree", 5, "--restart")
     assert SAE.from_pretrained(tmp_path).num_values == 24 * 5
@@ -273,12 +307,18 @@ def damage(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     [
         ("sae.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "sae.safetensors was altered"),
         ("sae.safetensors", lambda data: data[:-1], "truncated or altered"),
-        ("config.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), "format version 2, this program reads version 1"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"version": 1', b'"version": 2'),
+            "format version 2, this program reads version 1",
+        ),
         ("config.json", lambda data: data.replace(b'"k": 3', b'"k": 4'), "config.json was altered"),
         ("config.json", lambda data: b"", "not readable JSON"),
     ],
 )
-def test_a_damaged_sae(name: str, change: Callable[[bytes], bytes], message: str, sae_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_sae(
+    name: str, change: Callable[[bytes], bytes], message: str, sae_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(sae_folder, tmp_path / "sae")
     damage(tmp_path / "sae", name, change)
     refused(run("info", tmp_path / "sae"), message)
@@ -297,31 +337,55 @@ def test_a_damaged_store(place: Path, tmp_path: Path) -> None:
 
 def test_neither_an_sae_nor_a_store(tmp_path: Path) -> None:
     refused(run("info", tmp_path), r"holds no config\.json: not an SAE folder")
-    refused(run("info", "runs/nothing"), "there is no folder runs/nothing, and the Hugging Face Hub could not be reached")
+    refused(
+        run("info", "runs/nothing"), "there is no folder runs/nothing, and the Hugging Face Hub could not be reached"
+    )
 
 
 def test_evaluate_refuses(place: Path, sae_folder: Path, tmp_path: Path) -> None:
     text = ("--text", place / "text.jsonl", "--window", 16)
     refused(run("evaluate", sae_folder, "--layer", 7, *text), f"has no layer 7: it has {LAYERS} blocks")
     refused(run("evaluate", sae_folder, "--replaced", "some", *text), "replaced must be 'all-but-first' or 'all'")
-    refused(run("evaluate", sae_folder, "--text", place / "text.jsonl", "--window", 2000), "shorter than one window of 2000")
+    refused(
+        run("evaluate", sae_folder, "--text", place / "text.jsonl", "--window", 2000), "shorter than one window of 2000"
+    )
     refused(run("evaluate", sae_folder, "--text", "none.txt"), r"no text file or folder none\.txt")
     SAE.expander(Mask.build("balanced", d_in=8, d_sae=9, degree=2), 2).save_pretrained(tmp_path)
     refused(run("evaluate", tmp_path, "--model", place / "model", *text), "do not name one layer .* give --layer")
-    refused(run("evaluate", tmp_path, "--model", place / "model", "--layer", 0, *text), "reads d_in = 8, the model's residual stream has width 32")
+    refused(
+        run("evaluate", tmp_path, "--model", place / "model", "--layer", 0, *text),
+        "reads d_in = 8, the model's residual stream has width 32",
+    )
     refused(run("evaluate", sae_folder, tmp_path, *text), "give --model")
 
 
 def test_harvest_refuses(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = ["harvest", "--model", place / "model", "--text", place / "text.jsonl", "--tokens", 100, "--window", 16, "--out", tmp_path / "new"]
+    base = [
+        "harvest",
+        "--model",
+        place / "model",
+        "--text",
+        place / "text.jsonl",
+        "--tokens",
+        100,
+        "--window",
+        16,
+        "--out",
+        tmp_path / "new",
+    ]
     refused(run(*base), "say which with --layer")
     refused(run(*base, "--layer", LAYERS), f"has no layer {LAYERS}")
     refused(run(*base, "--layer", 0, "--window", 2000, "--split", "heldout"), "shorter than one window of 2000")
     refused(run(*base, "--layer", 0, "--window", 5000), "from 2 to the model's context of 2048 tokens, not 5000")
     refused(run(*base, "--layer", 0, "--dtype", "int8"), "int8")
-    refused(run(*base, "--layer", 0, "--model-dtype", "int8"), "dtype must be auto, float32, bfloat16, float16, not 'int8'")
+    refused(
+        run(*base, "--layer", 0, "--model-dtype", "int8"), "dtype must be auto, float32, bfloat16, float16, not 'int8'"
+    )
     refused(run(*base, "--layer", 0, "--text", tmp_path / "none.txt"), "no text file or folder")
-    refused(run("harvest", "--model", "nobody/nothing", "--layer", 0, "--out", tmp_path / "new"), "Without a hub, use the model 'embedded'")
+    refused(
+        run("harvest", "--model", "nobody/nothing", "--layer", 0, "--out", tmp_path / "new"),
+        "Without a hub, use the model 'embedded'",
+    )
     refused(run(*base[:-1], place / "acts", "--layer", 0), "layer: 1, not 0")
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
@@ -343,7 +407,9 @@ def test_a_fault_of_ours_still_shows(monkeypatch: pytest.MonkeyPatch, place: Pat
 def test_ctrl_c_while_training_then_the_same_command(place: Path, tmp_path: Path) -> None:
     settings = ["--store", place / "acts", *SMALL, "--steps", 500, "--set", "log_every=1"]
     command = [sys.executable, "-m", "expander_sae.cli", "train", "--out", tmp_path / "cut", *settings]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
     log = tmp_path / "cut" / "log.jsonl"
     for _ in range(6000):
         if log.exists() and log.stat().st_size > 500:

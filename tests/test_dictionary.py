@@ -106,7 +106,9 @@ def test_subset_and_detach(make: Callable[..., Dictionary]) -> None:
     ],
 )
 @pytest.mark.parametrize("width", [M - 1, M + 1, 2 * M])
-def test_activations_of_another_width(make: Callable[..., Dictionary], call: Callable[[Matrix, Tensor], object], width: int) -> None:
+def test_activations_of_another_width(
+    make: Callable[..., Dictionary], call: Callable[[Matrix, Tensor], object], width: int
+) -> None:
     with pytest.raises(ValueError, match=f"activations have width {width}, the dictionary has d_in = {M}"):
         call(make().matrix(), normal(4, width))
 
@@ -213,12 +215,20 @@ def config_with(**changes) -> dict:
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        (config_with(kind="low-rank"), {}, "unknown dictionary kind 'low-rank'; this version knows 'expander' and 'dense'"),
+        (
+            config_with(kind="low-rank"),
+            {},
+            "unknown dictionary kind 'low-rank'; this version knows 'expander' and 'dense'",
+        ),
         (config_with(), {}, "the expander dictionary lacks 'values'"),
         ({"kind": "dense", "unit_norm": True}, {}, "the dense dictionary lacks 'weight'"),
         (config_with(), {"values": torch.zeros(N, D + 1)}, "values must have the mask's shape"),
         ({"kind": "dense", "unit_norm": True}, {"weight": torch.zeros(N)}, "weight must have shape"),
-        (config_with(mask={"recipe": None, "sha256": ""}), {"values": torch.zeros(N, D)}, "the expander dictionary lacks 'rows'"),
+        (
+            config_with(mask={"recipe": None, "sha256": ""}),
+            {"values": torch.zeros(N, D)},
+            "the expander dictionary lacks 'rows'",
+        ),
     ],
 )
 def test_what_cannot_be_rebuilt(config: dict, tensors: dict[str, Tensor], message: str) -> None:

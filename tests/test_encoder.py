@@ -75,7 +75,9 @@ def test_rebuilt_from_config_and_tensors(untied: bool) -> None:
     made = encoder(untied, relu=True)
     again = encoder_from(json.loads(json.dumps(made.config())), made.stored_tensors(), M, N)
     assert again.config() == made.config()
-    assert {name: t.tolist() for name, t in again.state_dict().items()} == {name: t.tolist() for name, t in made.state_dict().items()}
+    assert {name: t.tolist() for name, t in again.state_dict().items()} == {
+        name: t.tolist() for name, t in made.state_dict().items()
+    }
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 

@@ -156,14 +156,16 @@ def test_the_encoder_by_name() -> None:
 
 
 def test_trained_by_the_one_loop() -> None:
-    settings = {"preset": "pursuit", "encoder": "mp-unrolled", "d_sae": 24, "degree": 3, "k": 3, "encoder_options": {"nonnegative": True}}
+    settings = {"preset": "pursuit", "encoder": "mp-unrolled", "encoder_options": {"nonnegative": True}}
+    settings |= {"d_sae": 24, "degree": 3, "k": 3}
     made = recipe.resolve(settings)
     sae = made.sae.build(M)
     source = TensorSource(normal(512, M, seed=3, dtype=torch.float32) @ normal(M, M, seed=4, dtype=torch.float32))
     before = sae.dictionary.parameter.detach().clone()
     h = source.rows(slice(None))
     error = float((h - sae(h)).square().mean().detach())
-    train(sae, source, TrainConfig(steps=80, batch_size=128, lr=1e-2, b_dec_init="mean", scale_activations=True, resample_every=0))
+    options = {"b_dec_init": "mean", "scale_activations": True, "resample_every": 0}
+    train(sae, source, TrainConfig(steps=80, batch_size=128, lr=1e-2, **options))
     assert not torch.equal(before, sae.dictionary.parameter)
     assert float((h - sae(h)).square().mean().detach()) < 0.8 * error
     with pytest.raises(ValueError, match="set aux_k=0"):

@@ -106,7 +106,9 @@ def test_a_mean_that_drifts_between_batches_counts_as_variance() -> None:
 @given(splits=st.lists(st.integers(0, 40), max_size=5))
 def test_batches_do_not_matter(splits: list[int]) -> None:
     h, recon = normal(40, 4) * 3 + 5, normal(40, 4, seed=1)
-    code = SparseCode(torch.randint(0, 5, (40, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0)), normal(40, 2))
+    code = SparseCode(
+        torch.randint(0, 5, (40, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0)), normal(40, 2)
+    )
     whole, parts = measure(h, recon, code), measure(h, recon, code, splits)
     for name in ("relative_error", "fvu", "l0"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-12)
@@ -167,7 +169,12 @@ def windows(count: int, seed: int = 0) -> list[Tensor]:
 def lm() -> LanguageModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -230,7 +237,9 @@ def test_identity_zero_and_everything_between(lm: LanguageModel, replaced: str, 
     model = lm.model(input_ids=tokens, labels=tokens).loss
     assert some.ce_clean == same.ce_clean == pytest.approx(float(model), rel=1e-4)
     assert some.ce_zero == pytest.approx(mean_ce(lm, chosen, layer, lambda x: keeping_first(x * 0, x)), rel=1e-4)
-    assert some.ce_recon == pytest.approx(mean_ce(lm, chosen, layer, lambda x: keeping_first(saes["expander"](x), x)), rel=1e-4)
+    assert some.ce_recon == pytest.approx(
+        mean_ce(lm, chosen, layer, lambda x: keeping_first(saes["expander"](x), x)), rel=1e-4
+    )
     assert some.ce_recovered == pytest.approx((some.ce_zero - some.ce_recon) / (some.ce_zero - some.ce_clean))
     assert some.predictions == 10 * (WINDOW - 1)
     assert some.reconstruction.tokens == 10 * (WINDOW - first)
@@ -244,7 +253,9 @@ def test_neither_batches_nor_company_change_a_result(lm: LanguageModel) -> None:
     chosen = windows(7)
     alone = evaluate_in_model({"a": expander()}, lm, chosen, 1, batch_windows=7)["a"].to_dict()
     for batch_windows in (1, 3, 50):
-        both = evaluate_in_model({"b": zeros(), "a": expander()}, lm, chosen, 1, batch_windows=batch_windows)["a"].to_dict()
+        both = evaluate_in_model({"b": zeros(), "a": expander()}, lm, chosen, 1, batch_windows=batch_windows)[
+            "a"
+        ].to_dict()
         for name, value in alone.items():
             if name != "seconds":
                 assert both[name] == value or both[name] == pytest.approx(value, rel=1e-4)

@@ -93,10 +93,14 @@ def test_a_repository_that_holds_no_sae(tmp_path: Path, monkeypatch: pytest.Monk
         SAE.from_pretrained("owner/other")
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), OfflineModeIsEnabled("offline"), ConnectionError("refused")])
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("offline"), OfflineModeIsEnabled("offline"), ConnectionError("refused")]
+)
 def test_an_unreachable_hub_says_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable(error, monkeypatch)
-    with pytest.raises(HubError, match="there is no folder runs/missing, and the Hugging Face Hub could not be reached") as caught:
+    with pytest.raises(
+        HubError, match="there is no folder runs/missing, and the Hugging Face Hub could not be reached"
+    ) as caught:
         SAE.from_pretrained("runs/missing")
     assert "Check the path, or the network and HF_HUB_OFFLINE" in str(caught.value)
 
@@ -133,7 +137,9 @@ def test_publishing(api: FakeApi, tmp_path: Path) -> None:
     assert torch.equal(SAE.from_pretrained(tmp_path)(h), sae(h))
 
 
-@pytest.mark.parametrize("error", [ClientError("connection refused"), OSError("401 Unauthorized"), HFValidationError("bad id")])
+@pytest.mark.parametrize(
+    "error", [ClientError("connection refused"), OSError("401 Unauthorized"), HFValidationError("bad id")]
+)
 def test_a_hub_that_refuses(error: Exception, api: FakeApi) -> None:
     api.fail = error
     with pytest.raises(HubError, match=f"could not publish owner/sae: {error}.*hf auth login"):

@@ -99,7 +99,9 @@ def test_draw_is_the_published_bit_stream(kind: str, plain, size: tuple[int, int
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(size=sizes)
-def test_columns_have_distinct_ascending_rows_and_rows_their_degrees(kind: str, size: tuple[int, int, int, int]) -> None:
+def test_columns_have_distinct_ascending_rows_and_rows_their_degrees(
+    kind: str, size: tuple[int, int, int, int]
+) -> None:
     d_in, d_sae, degree, _ = size
     mask = build(kind, size)
     assert mask.rows.dtype == torch.int32

@@ -72,7 +72,10 @@ def test_the_effective_settings_written_and_read_are_the_same(preset: str, suffi
         (["relu=no"], {"relu": False}),
         (["b_dec_init=mean"], {"b_dec_init": "mean"}),
         (["steps=3", "steps=4"], {"steps": 4}),
-        (["encoder=omp", "encoder_options={block: 8, disjoint: true}"], {"encoder_options": {"block": 8, "disjoint": True}}),
+        (
+            ["encoder=omp", "encoder_options={block: 8, disjoint: true}"],
+            {"encoder_options": {"block": 8, "disjoint": True}},
+        ),
         (["preset=paper"], {"preset": "paper"}),
     ],
 )
@@ -182,7 +185,15 @@ def test_sizes_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("encoder", ["tied", "untied", *SOLVERS])
 @pytest.mark.parametrize("dictionary", ["expander", "dense"])
 def test_every_combination_is_built(dictionary: str, encoder: str) -> None:
-    settings = {"d_sae": 20, "k": 3, "degree": 4, "dictionary": dictionary, "encoder": encoder, "mask": "balanced", "relu": True}
+    settings = {
+        "d_sae": 20,
+        "k": 3,
+        "degree": 4,
+        "dictionary": dictionary,
+        "encoder": encoder,
+        "mask": "balanced",
+        "relu": True,
+    }
     sae = resolve(settings).sae.build(8)
     assert sae.dictionary.kind == dictionary
     assert sae.encoder.kind == encoder

@@ -135,7 +135,9 @@ def test_types(make: Callable[..., SAE], untied: bool, dtype: torch.dtype) -> No
 
 @makers
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_activations_of_another_type_are_computed_on_in_the_saes_own(make: Callable[..., SAE], dtype: torch.dtype) -> None:
+def test_activations_of_another_type_are_computed_on_in_the_saes_own(
+    make: Callable[..., SAE], dtype: torch.dtype
+) -> None:
     sae, h = make(), normal(5, M).to(dtype)
     assert sae.encode(h).values.dtype == torch.float32
     recon = sae(h)
@@ -280,7 +282,9 @@ def test_rescaling_by_a_power_of_two_is_exact() -> None:
 
 @makers
 @untied
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_equal_and_independent(make: Callable[..., SAE], untied: bool, copier: Callable[[SAE], SAE]) -> None:
     sae, h = shaken(make(untied=untied)), normal(5, M)
     sae.metadata["training"] = {"seconds": 1.0}

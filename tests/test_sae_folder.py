@@ -221,7 +221,9 @@ def test_a_mask_that_does_not_match_names_both_hashes(folder: Path) -> None:
         (lambda c: c.update(d_in=M + 1), "b_dec should be floating point of shape"),
     ],
 )
-def test_a_consistent_folder_that_makes_no_sense(change: Callable[[dict[str, Any]], Any], message: str, folder: Path) -> None:
+def test_a_consistent_folder_that_makes_no_sense(
+    change: Callable[[dict[str, Any]], Any], message: str, folder: Path
+) -> None:
     rewrite(folder, change)
     with pytest.raises(SAEFolderError, match=message):
         SAE.from_pretrained(folder)
@@ -239,7 +241,9 @@ def test_a_consistent_folder_that_makes_no_sense(change: Callable[[dict[str, Any
         (lambda t: t.update(values=torch.zeros(N, D, dtype=torch.int32)), "floating point"),
     ],
 )
-def test_consistent_weights_that_make_no_sense(change: Callable[[dict[str, torch.Tensor]], Any], message: str, folder: Path) -> None:
+def test_consistent_weights_that_make_no_sense(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, folder: Path
+) -> None:
     rewrite_tensors(folder, change)
     with pytest.raises(SAEFolderError, match=message):
         SAE.from_pretrained(folder)
@@ -274,7 +278,9 @@ def test_a_failed_save_leaves_the_old_sae_whole(trouble: str, folder: Path, monk
     other = toy(seed=9)
     if trouble == "disk":
         monkeypatch.setattr(sae_folder, "save_file", fails)
-    other.metadata["metrics"] = {"disk": None, "metadata": {"fvu": torch.zeros(1)}, "nan": {"fvu": float("nan")}}[trouble]
+    other.metadata["metrics"] = {"disk": None, "metadata": {"fvu": torch.zeros(1)}, "nan": {"fvu": float("nan")}}[
+        trouble
+    ]
     with pytest.raises({"disk": OSError, "metadata": TypeError, "nan": ValueError}[trouble]):
         other.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

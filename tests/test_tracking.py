@@ -75,7 +75,9 @@ def test_unknown_tracker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_tracker_that_is_not_installed_says_how(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{name} is asked for but not installed: pip install 'expander-sae\[track\]'"):
+    with pytest.raises(
+        ImportError, match=rf"{name} is asked for but not installed: pip install 'expander-sae\[track\]'"
+    ):
         TrainingLog(None, 0, (name,), {})
 
 

@@ -91,7 +91,13 @@ def interrupted(at: int) -> Planted:
 
 def test_the_defaults_are_the_papers() -> None:
     config = TrainConfig()
-    assert (config.steps, config.batch_size, config.lr, config.lr_final, config.clip_norm) == (5000, 256, 3e-4, 1e-5, 1.0)
+    assert (config.steps, config.batch_size, config.lr, config.lr_final, config.clip_norm) == (
+        5000,
+        256,
+        3e-4,
+        1e-5,
+        1.0,
+    )
     assert (config.resample_every, config.resample_below, config.warmup_steps, config.aux_k) == (1000, 5, 0, 0)
     assert (config.b_dec_init, config.scale_activations) == ("zero", False)
     assert config.lr_at(0) == 3e-4
@@ -209,7 +215,12 @@ def test_the_folder_holds_the_sae_as_it_is_in_memory(tmp_path: Path) -> None:
     sae = expander()
     sae.metadata["trained_on"] = {"layer": 3, "skip_positions": (0,)}
     summary = train(sae, TensorSource(activations()), MODERN, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "config.json", "log.jsonl", "sae.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+        "log.jsonl",
+        "sae.safetensors",
+    ]
     again = SAE.from_pretrained(tmp_path)
     assert same(state(again), state(sae))
     assert again.metadata["training"] == json.loads(json.dumps(summary))
@@ -233,7 +244,9 @@ def test_batches_of_one_have_no_fvu(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[TrainConfig, tuple[dict[str, Tensor], list[dict[str, Any]]]]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[TrainConfig, tuple[dict[str, Tensor], list[dict[str, Any]]]]:
     """Weights and log of runs that were never interrupted."""
     results = {}
     for config in (PAPER, MODERN):
@@ -245,7 +258,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[TrainConfig, tuple[d
 
 @pytest.mark.parametrize("config", [PAPER, MODERN], ids=["paper", "modern"])
 @pytest.mark.parametrize("at", [0, 1, 6, 7, 10, 11, 16, 28, 29])
-def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(config: TrainConfig, at: int, tmp_path: Path, whole) -> None:
+def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(
+    config: TrainConfig, at: int, tmp_path: Path, whole
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(expander(untied=True), interrupted(at), config, tmp_path)
@@ -334,7 +349,11 @@ def test_an_interrupted_sae_is_usable_as_far_as_it_got() -> None:
         (expander(), replace(PAPER, lr=2e-2, seed=4), r"train\.lr was 0\.01 and is 0\.02; train\.seed was 0 and is 4"),
         (expander(relu=True), PAPER, r"sae\.encoder\.relu was False and is True"),
         (expander().double(), PAPER, r"sae\.dtype was 'torch.float32' and is 'torch.float64'"),
-        (SAE.expander(Mask.build("left-regular", d_in=M, d_sae=N, degree=D, seed=2), K), PAPER, r"mask\.recipe\.seed was 1 and is 2"),
+        (
+            SAE.expander(Mask.build("left-regular", d_in=M, d_sae=N, degree=D, seed=2), K),
+            PAPER,
+            r"mask\.recipe\.seed was 1 and is 2",
+        ),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(sae: SAE, config: TrainConfig, message: str, tmp_path: Path) -> None:
@@ -396,7 +415,9 @@ def test_nan_stops_with_step_tail_and_checkpoint(at: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("at", [9, 20, 29])
 @pytest.mark.parametrize("folder", [True, False])
-def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(at: int, folder: bool, tmp_path: Path) -> None:
+def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(
+    at: int, folder: bool, tmp_path: Path
+) -> None:
     sae = expander()
     steps: list[int] = []
 
@@ -405,7 +426,9 @@ def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(at: i
         return gradient * math.nan if steps[-1] == at else gradient
 
     sae.b_dec.register_hook(overflow)
-    with pytest.raises(TrainingDiverged, match=r"by step .* (b_dec|dictionary.values).* hold NaN|at step .* not finite"):
+    with pytest.raises(
+        TrainingDiverged, match=r"by step .* (b_dec|dictionary.values).* hold NaN|at step .* not finite"
+    ):
         train(sae, TensorSource(activations()), replace(QUICK, checkpoint_every=1), tmp_path if folder else None)
     assert len(steps) <= at + (2 if folder else QUICK.log_every)
     if folder:
@@ -415,14 +438,18 @@ def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(at: i
 
 
 def test_a_loss_far_above_its_start_stops_too(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged, match=r"from step 15 to 21 the loss is \d+ times its start. Logged before .*: 7: .*, 14: "):
+    with pytest.raises(
+        TrainingDiverged, match=r"from step 15 to 21 the loss is \d+ times its start. Logged before .*: 7: .*, 14: "
+    ):
         train(expander(), Planted(16, lambda batch: 1000 * batch), QUICK, tmp_path)
     assert [line["step"] for line in log_of(tmp_path)] == [7, 14]
 
 
 def test_a_run_that_diverges_by_itself() -> None:
     with pytest.raises(TrainingDiverged):
-        train(expander(unit_norm=False), TensorSource(activations()), replace(QUICK, lr=100.0, steps=200, clip_norm=1e9))
+        train(
+            expander(unit_norm=False), TensorSource(activations()), replace(QUICK, lr=100.0, steps=200, clip_norm=1e9)
+        )
 
 
 # Dead features
@@ -435,7 +462,9 @@ def with_dead(features: list[int], sae: SAE | None = None) -> SAE:
     return sae
 
 
-def test_resampling_aims_features_that_fired_too_rarely_at_residuals_on_their_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_aims_features_that_fired_too_rarely_at_residuals_on_their_supports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dead = [2, 9, 17]
     sae = with_dead(dead)
     calls: list[tuple[list[int], Tensor, Tensor]] = []
@@ -570,7 +599,9 @@ def test_training_on_scaled_activations_is_training_on_activations_that_were_sca
 def test_the_scale_does_not_show_in_the_log(tmp_path: Path) -> None:
     losses = {}
     for factor in (1.0, 1000.0):
-        train(expander().double(), TensorSource(activations(dtype=torch.float64) * factor), MODERN, tmp_path / str(factor))
+        train(
+            expander().double(), TensorSource(activations(dtype=torch.float64) * factor), MODERN, tmp_path / str(factor)
+        )
         losses[factor] = [line["loss"] for line in log_of(tmp_path / str(factor))]
     assert losses[1000.0] == pytest.approx([loss * 1e6 for loss in losses[1.0]])
 

@@ -3,7 +3,7 @@
 On a mask the problem splits by rows. Row ``i`` of ``W`` has only the ``D_i`` entries of the columns that use it (about
 ``D = n·d/m``), so ``min Σ_t ‖h_t - b - W x_t‖²`` is ``m`` independent ``D_i x D_i`` systems: the method of optimal
 directions (Engan, Aase & Husøy 1999) for masked dictionaries. A dense dictionary has one ``n x n`` system with ``m``
-right-hand sides. Activations are streamed; what is kept is the systems, ``Σ D_i²`` values (``n²`` for a dense dictionary).
+right-hand sides. Activations are streamed; what is kept is the systems, ``Σ D_i²`` values (dense: ``n²``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expander_sae import ops
-from expander_sae.dictionary import DenseDictionary, DenseMatrix, ExpanderDictionary
+from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, unit_rows
 from expander_sae.ops import SparseCode
 from expander_sae.ops.reference import accumulate_dtype
 from expander_sae.sae import SAE
@@ -63,14 +63,15 @@ def refit_dictionary(
         source: activations of width ``sae.d_in``.
         rows: activations to read; ``None`` for one pass over all of them, in order.
         batch_size: activations encoded at once.
-        ridge: ``λ ‖W - W_old‖²`` is added to the squared error, ``λ`` this multiple of the mean energy ``Σ_t x_tj²`` of the
-            features in use: it holds back features of which few samples speak, and keeps the systems regular. Above 0.
+        ridge: ``λ ‖W - W_old‖²`` is added to the squared error, ``λ`` this multiple of the mean energy ``Σ_t x_tj²`` of
+            the features in use: it holds back features of which few samples speak, and keeps the systems regular.
+            Above 0.
         seed, start_step: which ``rows``: those of
             :meth:`~expander_sae.sources.ActivationSource.batches` from batch ``start_step``.
 
     Raises:
-        ValueError: wrong width, sizes out of range, a ``ridge`` that is not positive or too small for the arithmetic, or
-            activations that are not finite.
+        ValueError: wrong width, sizes out of range, a ``ridge`` that is not positive or too small for the
+            arithmetic, or activations that are not finite.
         TypeError: a dictionary of no known kind.
     """
     if source.d_in != sae.d_in:
@@ -92,7 +93,43 @@ def refit_dictionary(
     return DictionaryUpdate(scales, systems.fires, systems.count)
 
 
-def _batches(source: ActivationSource, rows: int | None, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+def alternate(
+    sae: SAE,
+    source: ActivationSource,
+    rounds: int,
+    *,
+    rows: int,
+    batch_size: int = 1024,
+    ridge: float = 1e-2,
+    resample_below: int = 5,
+    seed: int = 0,
+) -> Iterator[DictionaryUpdate]:
+    """Learn a dictionary without gradients: encode, :func:`refit_dictionary`, again; each round on other activations.
+
+    Between rounds features with fewer than ``resample_below`` fires are re-aimed at residuals on their support, as in
+    training. Yields after each round, so that a caller can measure and stop. Arguments and errors otherwise as
+    :func:`refit_dictionary`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = -(-rows // min(batch_size, rows))
+    for number in range(rounds):
+        options = {"rows": rows, "batch_size": batch_size, "seed": seed, "start_step": number * steps}
+        update = refit_dictionary(sae, source, ridge=ridge, **options)
+        idle = (update.fires < resample_below).nonzero().squeeze(1)
+        if len(idle) and number + 1 < rounds:
+            h = next(source.batches(min(batch_size, rows), seed, (number + 1) * steps)).to(sae.b_dec.device, sae.dtype)
+            with torch.no_grad():
+                residual = h - sae(h)
+            energy = residual.square().sum(dim=1)
+            if bool(energy.any()):
+                chosen = torch.multinomial(energy.cpu().double(), len(idle), replacement=True, generator=generator)
+                sae.reset_features(idle, residual[chosen.to(residual.device)])
+        yield update
+
+
+def _batches(
+    source: ActivationSource, rows: int | None, batch_size: int, seed: int, start_step: int
+) -> Iterator[Tensor]:
     if rows is None:
         for start in range(0, len(source), batch_size):
             yield source.rows(slice(start, start + batch_size))
@@ -107,8 +144,7 @@ def _batches(source: ActivationSource, rows: int | None, batch_size: int, seed: 
 def _install(sae: SAE, change: Tensor) -> Tensor:
     """Add ``change`` to the columns, back to unit norm if the dictionary has it; returns the scales."""
     dictionary = sae.dictionary
-    matrix = dictionary.matrix()
-    old = matrix.weight if isinstance(matrix, DenseMatrix) else matrix.values  # type: ignore[union-attr]
+    old = unit_rows(dictionary.parameter) if dictionary.unit_norm else dictionary.parameter
     new = old + change.to(old.dtype)
     scales = torch.ones_like(new[:, 0])
     if dictionary.unit_norm:
@@ -123,8 +159,8 @@ def _install(sae: SAE, change: Tensor) -> Tensor:
 class _Systems:
     """Normal equations for the *change* of the columns, a group of entries each.
 
-    A group is a row of ``W`` with the entries of the columns that use it, or all columns of a dense dictionary. Residuals
-    instead of activations on the right-hand side: the ridge then pulls to the old values, and nothing cancels.
+    A group is a row of ``W`` with the entries of the columns that use it, or all columns of a dense dictionary. On the
+    right-hand side stand residuals, not activations: the ridge then pulls to the old values, and nothing cancels.
     """
 
     def __init__(self, sae: SAE) -> None:
@@ -213,11 +249,13 @@ class _Systems:
             right = torch.where(inside, self.right.flatten()[entry], 0.0).unsqueeze(2).double()
             total = self.residual[part].unsqueeze(1).double()
         gram = self._padded(part, span, inside)
-        gram -= code.unsqueeze(2) * code.unsqueeze(1) / self.count
+        gram -= 0*code.unsqueeze(2) * code.unsqueeze(1) / self.count
         gram.diagonal(dim1=1, dim2=2).add_(weight)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed.any()):
-            raise ValueError(f"the normal equations of {int((failed > 0).sum())} rows are singular in this arithmetic: raise ridge")
+            raise ValueError(
+                f"the normal equations of {int((failed > 0).sum())} rows are singular in this arithmetic: raise ridge"
+            )
         found = torch.cholesky_solve(right - code.unsqueeze(2) * total.unsqueeze(1) / self.count, factor)
         left = (total - (code.unsqueeze(1) @ found).squeeze(1)) / self.count
         if self.dense:

@@ -136,7 +136,7 @@ class PursuitEncoder(Encoder):
 
 
 class UnrolledPursuit(PursuitEncoder):
-    """MP-SAE's encoder (arXiv 2506.03093): matching pursuit on the decoder's columns, differentiated through its rounds.
+    """MP-SAE's encoder (arXiv 2506.03093): matching pursuit on the decoder's columns, with gradients through its rounds.
 
     The coefficients are those of the pursuit without a refit, and the gradient of the loss in them reaches the
     dictionary and ``b_dec`` beside the decoder's. See :mod:`expander_sae.unrolled`.

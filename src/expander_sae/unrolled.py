@@ -4,10 +4,10 @@ Each round takes the column that correlates best with the residual and peels it 
 
     a_t = ⟨w_j, r_t⟩ / ‖w_j‖²,    r_{t+1} = r_t - a_t w_j
 
-The choice ``j = j(t)`` has no gradient; the coefficients do, in the activations and in the columns. Autograd on the loop
-keeps every residual and every ``(B, n)`` array of correlations. Here the forward keeps indices and coefficients only, and
-the backward walks the recursion in reverse. With ``λ_t`` the gradient that arrives at ``r_t``, and the last residual
-recomputed from the code::
+The choice ``j = j(t)`` has no gradient; the coefficients do, in the activations and in the columns. Autograd on the
+loop keeps every residual and every ``(B, n)`` array of correlations. Here the forward keeps indices and coefficients
+only, and the backward walks the recursion in reverse. With ``λ_t`` the gradient that arrives at ``r_t``, and the last
+residual recomputed from the code::
 
     β_t = (ā_t - ⟨λ_{t+1}, w_j⟩) / ‖w_j‖²
     λ_t = λ_{t+1} + β_t w_j
@@ -103,15 +103,14 @@ class _Coefficients(torch.autograd.Function):
     """Coefficients ``(B, k)`` found in the forward, with their gradient in ``h`` and ``columns``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, columns: Tensor, rows: Tensor | None, indices: Tensor, values: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, columns: Tensor, rows: Tensor | None, indices: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(h, columns, rows, indices, values)
         return values.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = grad_outputs
         h, columns, rows, indices, values = ctx.saved_tensors
         residual, incoming = _Vectors(h.clone(), rows), _Vectors(torch.zeros_like(h), rows)
         squares = columns.square().sum(dim=1)

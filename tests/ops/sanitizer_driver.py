@@ -58,19 +58,20 @@ def main(path: str) -> None:
         b_enc, b_dec = random.standard_normal(n).astype(wide), random.standard_normal(m).astype(wide)
         indices, code = np.empty((B, k), np.int32), np.empty((B, k), kind)
         sizes, shape = (B, m, n, d, k), (B, m, n, d)
+        # Held to the end of the case: an address does not keep its array alive.
+        z, recon, at_code = np.empty((B, n), kind), np.empty((B, m), kind), np.empty((B, k), kind)
+        grad, pairs = np.empty((n, d), wide), np.empty((B, k, k), kind)
         for relu, magnitude in ((False, False), (True, True)):
             kernels.encode_topk(
                 at(h), at(rows), at(values), at(b_enc), at(indices), at(code), *sizes, dtype, relu, magnitude, threads
             )
             assert B == 0 or (indices.min() >= 0 and indices.max() < n)
-        kernels.correlate(at(h), at(rows), at(values), at(np.empty((B, n), kind)), *shape, dtype, threads)
+        kernels.correlate(at(h), at(rows), at(values), at(z), *shape, dtype, threads)
         rest = (*sizes, dtype, threads)
-        kernels.decode(0, at(indices), at(code), at(rows), at(values), at(np.empty((B, m), kind)), *rest)
-        kernels.correlate_at(at(h), at(indices), 0, at(rows), at(values), at(np.empty((B, k), kind)), *rest)
-        kernels.values_grad(at(h), at(indices), at(code), at(rows), 0, at(np.empty((n, d), wide)), *rest)
-        if k < 100:
-            out = np.empty((B, k, k), kind)
-            kernels.gram(0, at(indices), 0, at(rows), at(values), at(out), B, 0, n, d, k, dtype, threads)
+        kernels.decode(0, at(indices), at(code), at(rows), at(values), at(recon), *rest)
+        kernels.correlate_at(at(h), at(indices), 0, at(rows), at(values), at(at_code), *rest)
+        kernels.values_grad(at(h), at(indices), at(code), at(rows), 0, at(grad), *rest)
+        kernels.gram(0, at(indices), 0, at(rows), at(values), at(pairs), B, 0, n, d, k, dtype, threads)
         if B:
             outs = [np.empty(s, wide) for s in ((B, k), (B, m), (B,), (n, d), (n,), (m,))]
             kernels.train_step(

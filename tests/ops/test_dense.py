@@ -105,8 +105,12 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert values.dtype == recon.dtype == at.dtype == dtype
     tolerance = 8 * torch.finfo(dtype).eps
     columns = weight.double()[indices.long()]
-    torch.testing.assert_close(recon.double(), (values.double().unsqueeze(2) * columns).sum(1), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(at.double(), (columns @ h.double().unsqueeze(2)).squeeze(2), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        recon.double(), (values.double().unsqueeze(2) * columns).sum(1), rtol=tolerance, atol=tolerance
+    )
+    torch.testing.assert_close(
+        at.double(), (columns @ h.double().unsqueeze(2)).squeeze(2), rtol=tolerance, atol=tolerance
+    )
     (recon.sum() + at.sum()).backward()
     assert h.grad.dtype == weight.grad.dtype == bias.grad.dtype == dtype
 

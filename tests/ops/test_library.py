@@ -173,7 +173,9 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fake_tensors_have_the_true_shapes_and_types(name: str, dtype: torch.dtype) -> None:
-    arguments = [a.detach().to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in OPERATORS[name]()]
+    arguments = [
+        a.detach().to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in OPERATORS[name]()
+    ]
     operator = getattr(torch.ops.expander_sae, name)
     true = operator(*arguments)
     with FakeTensorMode() as mode:
@@ -355,7 +357,9 @@ def test_bad_activations(call: Callable[[Tensor, Tensor], object]) -> None:
         with pytest.raises(ValueError, match=f"activations have width {width}, the dictionary has d_in = {M}"):
             call(normal(B, width), values)
     for dtype in (torch.int64, torch.bool):
-        with pytest.raises(TypeError, match=r"activations must be floating point, got .*; convert them with .float\(\)"):
+        with pytest.raises(
+            TypeError, match=r"activations must be floating point, got .*; convert them with .float\(\)"
+        ):
             call(torch.ones(B, M).to(dtype), values)
 
 

@@ -119,7 +119,10 @@ def test_to_dense() -> None:
 scores = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([math.nan, math.inf, -math.inf, -0.0]))
 
 
-@given(rows=st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(scores, min_size=n, max_size=n), max_size=4)), data=st.data())
+@given(
+    rows=st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(scores, min_size=n, max_size=n), max_size=4)),
+    data=st.data(),
+)
 def test_top_positions_among_ties_nan_and_infinities(rows: list[list[float]], data: st.DataObject) -> None:
     n = len(rows[0]) if rows else 3
     k = data.draw(st.integers(0, n))
@@ -175,10 +178,19 @@ def test_every_type_is_rounded_once(dtype: torch.dtype) -> None:
     m, k = 40, 7
     pairs = [
         (reference.correlate(h, p.rows, values), reference.correlate(wide[0], p.rows, wide[1])),
-        (reference.decode(p.indices, code, p.rows, values, m), reference.decode(p.indices, wide[3], p.rows, wide[1], m)),
-        (reference.correlate_at(h, p.indices, p.rows, values), reference.correlate_at(wide[0], p.indices, p.rows, wide[1])),
+        (
+            reference.decode(p.indices, code, p.rows, values, m),
+            reference.decode(p.indices, wide[3], p.rows, wide[1], m),
+        ),
+        (
+            reference.correlate_at(h, p.indices, p.rows, values),
+            reference.correlate_at(wide[0], p.indices, p.rows, wide[1]),
+        ),
         (reference.gram(p.indices, p.rows, values), reference.gram(p.indices, p.rows, wide[1])),
-        (reference.encode_topk(h, p.rows, values, bias, k)[1], reference.encode_topk(wide[0], p.rows, wide[1], wide[2], k)[1]),
+        (
+            reference.encode_topk(h, p.rows, values, bias, k)[1],
+            reference.encode_topk(wide[0], p.rows, wide[1], wide[2], k)[1],
+        ),
     ]
     for found, exact in pairs:
         assert found.dtype == dtype
@@ -186,7 +198,9 @@ def test_every_type_is_rounded_once(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=2e-5)
     grad = reference.values_grad(h, p.indices, code, p.rows)
     assert grad.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(grad.double(), reference.values_grad(wide[0], p.indices, wide[3], p.rows), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        grad.double(), reference.values_grad(wide[0], p.indices, wide[3], p.rows), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -207,9 +221,15 @@ def test_non_contiguous_inputs() -> None:
     for tensor in (h, code, rows, values, indices):
         assert not tensor.is_contiguous()
     assert torch.equal(reference.correlate(h, rows, values), reference.correlate(p.h, p.rows, p.values))
-    assert torch.equal(reference.decode(indices, code, rows, values, 8), reference.decode(p.indices, p.code, p.rows, p.values, 8))
-    assert torch.equal(reference.values_grad(h, indices, code, rows), reference.values_grad(p.h, p.indices, p.code, p.rows))
+    assert torch.equal(
+        reference.decode(indices, code, rows, values, 8), reference.decode(p.indices, p.code, p.rows, p.values, 8)
+    )
+    assert torch.equal(
+        reference.values_grad(h, indices, code, rows), reference.values_grad(p.h, p.indices, p.code, p.rows)
+    )
     for strided, plain in zip(
-        reference.encode_topk(h, rows, values, p.b_enc, 4), reference.encode_topk(p.h, p.rows, p.values, p.b_enc, 4), strict=True
+        reference.encode_topk(h, rows, values, p.b_enc, 4),
+        reference.encode_topk(p.h, p.rows, p.values, p.b_enc, 4),
+        strict=True,
     ):
         assert torch.equal(strided, plain)

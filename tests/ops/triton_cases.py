@@ -2,7 +2,7 @@
 
 On a machine with CUDA, ``pytest tests/ops/triton_cases.py`` runs the same cases compiled.
 
-Most data are small integers: every sum is exact whatever its order, so results, ties included, must be equal to the bit.
+Most data are small integers: sums are exact in any order, so results, ties included, must be equal to the bit.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [(shape, dtype) for shape in SHAPES for dtype in DTYPES if shape[0] < 60 or dtype == torch.float32]
+    ("shape", "dtype"),
+    [(shape, dtype) for shape in SHAPES for dtype in DTYPES if shape[0] < 60 or dtype == torch.float32],
 )
 def test_all_operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, m, n, d, k = shape
@@ -113,7 +114,9 @@ def test_plan_at_the_sizes_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) ->
         assert cut.groups >= 4 * k
         assert cut.capacity >= 1.3 * k * cut.stride
         assert cut.blocks * cut.features >= n > (cut.blocks - 1) * cut.features
-    assert encode.plan(8192, 2048, 1 << 20, 7, 64, 2).stride > 1, "a million features: the bound must not cost a second pass"
+    assert encode.plan(8192, 2048, 1 << 20, 7, 64, 2).stride > 1, (
+        "a million features: the bound must not cost a second pass"
+    )
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
@@ -285,7 +288,11 @@ def test_long_codes_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_same_bits_every_time() -> None:
-    h, values, rows = torch.randn(3 if INTERPRETED else 70, 8, device=DEVICE), torch.randn(40, 3, device=DEVICE), mask_rows(8, 40, 3)
+    h, values, rows = (
+        torch.randn(3 if INTERPRETED else 70, 8, device=DEVICE),
+        torch.randn(40, 3, device=DEVICE),
+        mask_rows(8, 40, 3),
+    )
     first = kernels.encode_topk(h, rows, values, None, 4)
     assert_same(kernels.encode_topk(h, rows, values, None, 4), first)
     grad = kernels.values_grad(h, *first, rows)
@@ -301,7 +308,7 @@ def test_bad_input_is_named() -> None:
         kernels.encode_topk(h, rows, values, integers(8), 2)
     with pytest.raises(TypeError, match="int32"):
         kernels.correlate(h, rows.long(), values)
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
         kernels.correlate(h.long(), rows, values)
     with pytest.raises(ValueError, match="one shape"):
         kernels.correlate(h, rows, values[:, :1])

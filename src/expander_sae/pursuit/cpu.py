@@ -84,6 +84,9 @@ def _run(
     pointers = (tensor.data_ptr() for tensor in inputs + outputs)
     sizes = (batch, matrix.d_in, n, d, k)
     kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed, *options)  # type: ignore[arg-type]
+    if bool((used < 0).any()):
+        bad = int((used < 0).sum())
+        raise ValueError(f"{bad} of {batch} samples have entries that are not finite; leave them out first")
     return {
         "indices": indices,
         "values": values,

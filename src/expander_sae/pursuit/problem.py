@@ -138,17 +138,15 @@ def run(
             flat = flat - b_dec.detach().to(wide)
         if flat.shape[0] == 0:
             return _nothing(h, k, wide)
-        if not bool(flat.isfinite().all()):
-            bad = int((~flat.isfinite().all(dim=1)).sum())
-            raise ValueError(f"{bad} of {flat.shape[0]} samples have entries that are not finite; leave them out first")
         if (
             cpu.chosen(backend, unit, wide, supported=fast is not None)
             and fast is not None
             and isinstance(unit, ExpanderMatrix)
         ):
-            result = fast(flat, unit, norms)
+            result = fast(flat, unit, norms)  # which refuses samples that are not finite itself
             result["values"] = result["values"].to(h.dtype)
             return PursuitCode(**result).reshape(*h.shape[:-1])
+        refuse_infinite(flat)
         # Plus what every solver keeps: factor, Gram and columns of its support.
         per_sample = cells(unit) if cells else SCORE_ARRAYS * matrix.d_sae + 2 * k * k + k * matrix.d_in
         parts, first = [], 0
@@ -205,6 +203,14 @@ def check(h: Tensor, matrix: Matrix, k: int, b_dec: Tensor | None) -> None:
         raise ValueError(f"k must be between 1 and d_sae = {matrix.d_sae}, got {k}: a code cannot have more features")
     if b_dec is not None and b_dec.shape != (matrix.d_in,):
         raise ValueError(f"b_dec must have shape ({matrix.d_in},), got {tuple(b_dec.shape)}")
+
+
+def refuse_infinite(flat: Tensor) -> None:
+    """Raise :class:`ValueError` if a sample of ``flat (B, m)`` has an infinite or NaN entry."""
+    finite = flat.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        bad = flat.shape[0] - int(finite.sum())
+        raise ValueError(f"{bad} of {flat.shape[0]} samples have entries that are not finite; leave them out first")
 
 
 def chunks(flat: Tensor, cells_per_sample: int) -> Iterator[Tensor]:

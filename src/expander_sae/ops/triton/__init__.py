@@ -1,12 +1,12 @@
 """The hot operations in Triton, for CUDA. Same functions, same meaning as :mod:`expander_sae.ops.reference`.
 
-Tested under ``TRITON_INTERPRET=1`` on CPU tensors; **not measured on hardware yet**: the sizes of tiles come from counted
-bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
+Tested under ``TRITON_INTERPRET=1`` on CPU tensors and compiled for sm_90; **not measured on hardware yet**: the sizes of
+tiles come from counted bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
 
-Results are the same bits run after run: no sum depends on the order in which programs finish. float64, empty tensors and
-``k`` above 1024 in ``encode_topk`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct within a
-feature (what :class:`expander_sae.mask.Mask` guarantees), and ``indices`` in ``[0, n)``: to check them here would make the
-processor wait for the GPU at every call.
+Results are the same bits run after run: no sum depends on the order in which programs finish. float64, empty tensors
+and ``k`` above 1024 in ``encode_topk`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct
+within a feature (what :class:`expander_sae.mask.Mask` guarantees), and ``indices`` in ``[0, n)``: to check them here
+would make the processor wait for the GPU at every call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from expander_sae.ops import reference
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_INDEX = 2**31 - 1
-_MAX_K = 1024  # longer lists are sorted whole by one program in encode_topk: past this the reference is the better choice
+_MAX_K = (
+    1024  # longer lists are sorted whole by one program in encode_topk: past this the reference is the better choice
+)
 _OLDEST_CAPABILITY = (7, 0)
 
 
@@ -141,7 +143,8 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
     _check(h, rows, indices=indices)
     if coef.shape != indices.shape or coef.device != h.device:
         raise ValueError(
-            f"coef {tuple(coef.shape)} on {coef.device} must have the shape of indices {tuple(indices.shape)} and be on {h.device}"
+            f"coef {tuple(coef.shape)} on {coef.device} must have the shape of indices, {tuple(indices.shape)}, "
+            f"and be on {h.device}"
         )
     if h.dtype == torch.float64 or not (h.numel() and rows.numel() and indices.numel()):
         return reference.values_grad(h, indices, coef, rows)

@@ -3,6 +3,10 @@
 Each sum has one owner and a fixed order, so results are the same bits run after run; nothing here is atomic.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (What Triton compiles is not Python to a type checker, and triton may be absent.)
+
 from __future__ import annotations
 
 import torch
@@ -38,7 +42,7 @@ def _decode_kernel(indices, code, rows, values, out, m, k, D: tl.constexpr, LANE
 
 
 def decode(indices: Tensor, code: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
-    """``Wx``, ``(B, m)`` in the type of ``code``: a program a sample adds its columns one after the other, in float32."""
+    """``Wx``, ``(B, m)`` in the type of ``code``: a program a sample adds column after column, in float32."""
     (batch, k), d = indices.shape, rows.shape[1]
     out = torch.zeros(batch, m, dtype=torch.float32, device=code.device)
     lanes = triton.next_power_of_2(d)
@@ -134,7 +138,7 @@ def _values_grad_kernel(
 
 
 def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tensor:
-    """``(n, d)`` float32. Firings are sorted by feature (stably, so by sample within one), then each feature gathers its own."""
+    """``(n, d)`` float32: firings are sorted by feature (stably: by sample within one), and each gathers its own."""
     (n, d), k = rows.shape, indices.shape[1]
     features, pairs = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(features, torch.arange(n + 1, dtype=torch.int32, device=h.device))
@@ -185,7 +189,9 @@ def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     out = values.new_empty(batch, k, k)
     slots = min(_SLOTS, triton.next_power_of_2(k))
     blocks = triton.cdiv(k, slots)
-    _gram_kernel[(batch * blocks * blocks,)](indices, rows, values, out, k, D=d, SLOTS=slots, num_warps=_warps(slots * slots))
+    _gram_kernel[(batch * blocks * blocks,)](
+        indices, rows, values, out, k, D=d, SLOTS=slots, num_warps=_warps(slots * slots)
+    )
     return out
 
 

@@ -3,13 +3,17 @@
 1. *Bound*: score every ``stride``-th block of features and keep maxima over ``groups`` disjoint groups of features. The
    ``k``-th largest maximum of a sample bounds its ``k``-th largest score from below; with ``4k`` groups or more, about
    ``1.15·k·stride`` scores reach it, whatever their distribution (if features come in no periodic order).
-2. *Collect*: score all features; a score that reaches the bound goes into its sample's list of candidates, as a 64-bit
-   key that holds score, index and sign and orders by score, then by lower index. Places in the list are given out by an
-   atomic counter, in any order.
-3. *Select*: sort the list. Keys are distinct, so the result does not depend on the order they came in.
+2. *Collect*: score all features; what reaches the bound goes into its sample's list of candidates. Places in the list
+   are given out by an atomic counter, in any order.
+3. *Select*: sort the list by 64-bit keys that order by score, then by lower index. Keys are distinct, so the result does
+   not depend on the order they came in.
 4. *Overflow*: a sample with more candidates than room (thousands of equal scores, say) is done over by a running top-k
    through all features: slow, exact, and decided on the GPU, so that the processor never waits for a count.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (What Triton compiles is not Python to a type checker, and triton may be absent.)
 
 from __future__ import annotations
 
@@ -159,14 +163,14 @@ def _threshold_kernel(maxima, bounds, counts, batch, padded_batch, groups, k, RO
 
 
 def _configs() -> list[triton.Config]:
-    # Few fat programs on a multiprocessor share one tile in its L1; thin ones hide latency better. Measured, not guessed.
+    # Few fat programs on a multiprocessor share one tile in its L1; thin ones hide latency better: timed, not guessed.
     shapes = [(8, 4), (16, 1), (16, 2), (32, 1)]
     if os.environ.get("TRITON_INTERPRET") == "1":
         shapes = shapes[:1]  # nothing to time there
     return [triton.Config({"PROGRAMS": programs}, num_warps=warps) for warps, programs in shapes]
 
 
-@triton.autotune(_configs(), key=["m", "n", "D", "SB", "STRIDE", "VALUE"], reset_to_zero=["counts"])
+@triton.autotune(_configs(), key=["m", "n", "D", "SB", "BN", "STRIDE", "VALUE"], reset_to_zero=["counts"])
 @triton.jit
 def _collect_kernel(
     tiles,
@@ -209,7 +213,7 @@ def _collect_kernel(
         place = tl.atomic_add(counts + b_all, 1, mask=candidate, sem="relaxed")
         at = b_all * CAPACITY + place
         here = candidate & (place < CAPACITY)
-        # Two halves rather than one key: registers change hands between threads here, and 4 bytes a score are cheaper than 8.
+        # Not one key of 8 bytes: scores change threads here, through shared memory, and 4 bytes each are cheaper.
         tl.store(listed_scores + at, z, mask=here)
         tl.store(listed_features + at, tl.broadcast_to(j[:, None], (BN, SB)), mask=here)
 
@@ -289,7 +293,7 @@ def _overflow_kernel(
 def encode_topk(
     h: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None, k: int, relu: bool, magnitude: bool
 ) -> tuple[Tensor, Tensor]:
-    """Indices int32 and values ``(B, k)``; arguments checked, ``rows``, ``values`` and ``bias`` contiguous, nothing empty."""
+    """Indices int32 and values ``(B, k)``; arguments checked, all but ``h`` contiguous, nothing empty."""
     (batch, m), (n, d) = h.shape, rows.shape
     cut = plan(min(batch, BATCH_CHUNK), m, n, d, k, h.element_size())
     packed = scores.pack(rows, values, m)
@@ -350,7 +354,20 @@ def _encode_chunk(
     total = count_tiles * cut.blocks
     processors = _multiprocessors(h.device)
     _collect_kernel[lambda meta: (min(total, processors * meta["PROGRAMS"]),)](
-        tiled, words, padded, pointer, bounds, counts, listed_scores, listed_features, m, n, cut.blocks, total, CAPACITY=cut.capacity, **shared
+        tiled,
+        words,
+        padded,
+        pointer,
+        bounds,
+        counts,
+        listed_scores,
+        listed_features,
+        m,
+        n,
+        cut.blocks,
+        total,
+        CAPACITY=cut.capacity,
+        **shared,
     )
     rows_at_once = max(1, _SELECT_KEYS // cut.capacity)
     ending = {"CAPACITY": cut.capacity, "RELU": relu, "MAGNITUDE": magnitude}

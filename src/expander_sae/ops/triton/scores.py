@@ -1,10 +1,14 @@
 """Scores of a tile of samples against a block of features: the inner loop of encode and correlate.
 
-A tile holds ``SB`` samples, transposed to ``(m, SB)``: the ``SB`` numbers that one mask entry gathers are neighbours, so a
-gather is one or two full cache lines and the whole tile (at most ``TILE_BYTES``) stays in the L1 cache while the
-dictionary streams by. The dictionary is repacked as ``(d, n)`` words that hold row and value together: one load instead
+A tile holds ``SB`` samples, transposed to ``(m, SB)``: the ``SB`` numbers that one mask entry gathers are neighbours, so
+a gather is a cache line or two, or half a one, and the whole tile (at most ``TILE_BYTES`` up to ``m`` of 5120 in 16 bits)
+stays in the L1 cache while the dictionary streams by. The dictionary is repacked as ``(d, n)`` words that hold row and value together: one load instead
 of two, 4 bytes an entry when values have 16 bits and ``m`` at most 65536, else 8.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false
+# (What Triton compiles is not Python to a type checker, and triton may be absent.)
 
 from __future__ import annotations
 
@@ -64,7 +68,7 @@ def _pack_kernel(rows, values, out, n, padded, D: tl.constexpr, VALUE: tl.conste
     for t in range(D):
         row = tl.load(rows + j * D + t, mask=here, other=0)
         value = tl.load(values + j * D + t, mask=here, other=0.0)
-        if VALUE == tl.float32:
+        if VALUE == tl.float32:  # noqa: SIM300
             bits = value.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
             word = (row.to(tl.int64) << 32) | bits
         else:
@@ -96,10 +100,13 @@ def pack(rows: Tensor, values: Tensor, m: int) -> Packed:
 @triton.jit
 def unpack(word, VALUE: tl.constexpr):
     """Row (int32) and value (float32) of a word."""
-    if VALUE == tl.float32:
-        return (word >> 32).to(tl.int32), (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    value = (word & 0xFFFF).to(tl.int16).to(VALUE, bitcast=True)
-    return (word >> 16) & 0xFFFF, value.to(tl.float32)
+    if VALUE == tl.float32:  # noqa: SIM300
+        row = (word >> 32).to(tl.int32)
+        value = (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        row = (word >> 16) & 0xFFFF
+        value = (word & 0xFFFF).to(tl.int16).to(VALUE, bitcast=True).to(tl.float32)
+    return row, value
 
 
 @triton.jit
