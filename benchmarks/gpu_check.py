@@ -3,9 +3,9 @@
     PYTHONPATH=src python benchmarks/gpu_check.py gpu.json [--sweep] [--only check encode step]
 
 Run it from the repository root. It builds nothing and needs torch with CUDA, triton, numpy, rich and safetensors. The
-JSON is rewritten after every case, so a run that is cut short leaves what it had. Exit status 1 where there is no GPU or
-an answer was wrong. ``--rehearse`` runs the whole script on toy sizes, on the CPU under ``TRITON_INTERPRET=1``: its times
-mean nothing.
+JSON is rewritten after every case, so a run that is cut short leaves what it had. Exit status 1 where there is no GPU
+or an answer was wrong. ``--rehearse`` runs the whole script on toy sizes, on the CPU under ``TRITON_INTERPRET=1``: its
+times mean nothing.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ struct EncodeJob {
 
 struct Kernels {
   const char* name;
-  int (*tile_width)(int64_t samples_per_thread);
+  int (*tile_width)(int64_t samples_per_thread, int64_t m);
   size_t (*encode_scratch_bytes)(const EncodeArgs&, int tile);
   int (*encode_tile)(const EncodeJob&, int tile);  // returns how many samples failed
   int64_t (*merge_room)(int64_t count, int64_t k);

@@ -21,6 +21,7 @@ using expander::EncodeArgs;
 using expander::EncodeJob;
 
 constexpr int kBlock = 32;     // features between two looks at the lists
+constexpr int64_t kManyBlocks = 8192, kRun = 8;
 constexpr int64_t kFetchBytes = 4096;  // of rows and of values, fetched ahead
 constexpr int kStream = 2048;  // candidates of a tile kept in order of arrival before they go to their lanes' lists
 constexpr int kMaxGroup = 16;  // blocks in the first sample: 32 group maxima of up to 16 features each
@@ -109,38 +110,40 @@ class TileEncoder {
       threshold_[lane] = -INFINITY;
       floor_[lane] = INT32_MIN;
     }
+    // Blocks are visited in runs of neighbours (long only where there are very many, to spare page walks), the runs in
+    // strides that spread every prefix of the visits over the index range.
     const int64_t blocks = (features_ + kBlock - 1) / kBlock;
-    const int64_t stride = spread(blocks);
-    int64_t block = 0, seen = 0, done = 0;
-    const auto advance = [&] {
-      ++done;
-      block += stride;
-      if (block >= blocks) block -= blocks;
-      const int64_t next = (block + 3 * stride) % blocks;
-      fetch_block(job_.begin + next * kBlock);
+    const int64_t run = blocks >= kManyBlocks ? kRun : 1;
+    const int64_t runs = (blocks + run - 1) / run;
+    const int64_t stride = spread(runs);
+    const auto block_start = [&](int64_t visit, int64_t i) {
+      return job_.begin + (visit * stride % runs * run + i) * kBlock;
     };
 
+    // The first estimate is taken from the first block of each of the first runs.
     const int group = job_.safe ? 0 : group_blocks();
+    int64_t seen = 0;
     if (group > 0) {
-      int64_t starts[kMaxGroup];
-      for (int g = 0; g < group; ++g, advance()) {
-        starts[g] = job_.begin + block * kBlock;
-        store_block(starts[g], scores_ + int64_t{g} * kBlock * kWidth);
-      }
+      for (int g = 0; g < group; ++g) store_block(block_start(g, 0), scores_ + int64_t{g} * kBlock * kWidth);
       first_threshold(group);
       for (int g = 0; g < group; ++g) {
-        append_stored_block(starts[g], scores_ + int64_t{g} * kBlock * kWidth);
-        seen += block_size(starts[g]);
+        append_stored_block(block_start(g, 0), scores_ + int64_t{g} * kBlock * kWidth);
+        seen += block_size(block_start(g, 0));
       }
     }
     int64_t next_look = seen > 0 ? seen * 2 : features_;
-    for (; done < blocks; advance()) {
-      const int64_t start = job_.begin + block * kBlock;
-      append_block(start);
-      seen += block_size(start);
-      if (seen >= next_look) {
-        next_look = seen * 2;
-        if (seen * 4 <= features_ * 3) raise_thresholds(seen);
+    for (int64_t visit = 0; visit < runs; ++visit) {
+      for (int64_t i = visit < group ? 1 : 0; i < run; ++i) {
+        const int64_t start = block_start(visit, i);
+        if (start >= job_.end) break;
+        const int64_t next = i + 1 < run ? start + kBlock : block_start(visit + 1, 0);
+        fetch_block(next < job_.end ? next : job_.begin);
+        append_block(start);
+        seen += block_size(start);
+        if (seen >= next_look) {
+          next_look = seen * 2;
+          if (seen * 4 <= features_ * 3) raise_thresholds(seen);
+        }
       }
     }
     return finish();
@@ -467,10 +470,12 @@ int encode_tile(const EncodeJob& job, int tile) {
   return tile == 32 ? encode_tile_of<32 / kLanes>(job) : encode_tile_of<16 / kLanes>(job);
 }
 
-// The widest tile that leaves every thread something to do.
-int tile_width(int64_t samples_per_thread) {
-  if (kMaxTile >= 64 && samples_per_thread > 32) return 64;
-  return samples_per_thread > 16 ? 32 : 16;
+// The widest tile that leaves every thread something to do and fits the second-level cache with room to spare.
+int tile_width(int64_t samples_per_thread, int64_t m) {
+  constexpr int64_t kTileBytes = 768 << 10;
+  int tile = kMaxTile;
+  while (tile > 16 && (samples_per_thread <= tile / 2 || m * tile * 4 > kTileBytes)) tile /= 2;
+  return tile;
 }
 
 int64_t merge_room(int64_t count, int64_t k) {

@@ -163,7 +163,7 @@ void encode(const EncodeArgs& a, int threads) {
   }
 
   const Kernels& use = kernels();
-  const int tile = use.tile_width((a.B + threads - 1) / threads);
+  const int tile = use.tile_width((a.B + threads - 1) / threads, a.m);
   const int64_t tiles = (a.B + tile - 1) / tile;
   // With fewer tiles than threads the features are split as well, when there are enough of them to pay for the merge.
   int64_t segments = 1;
@@ -225,7 +225,7 @@ void encode(const EncodeArgs& a, int threads) {
   }
   parallel_for(static_cast<int64_t>(retries.size()), workers, [&](int64_t i, int slot) {
     const Retry& retry = retries[static_cast<size_t>(i)];
-    const int narrow = std::min(tile, use.tile_width(retry.count));
+    const int narrow = std::min(tile, use.tile_width(retry.count, a.m));
     EncodeJob job = job_for(retry.segment, scratch.of(slot));
     job.samples = samples.data() + retry.first;
     job.count = retry.count;
@@ -249,7 +249,7 @@ void correlate(const CorrelateArgs& a, int threads) {
     return;
   }
   const Kernels& use = kernels();
-  const int tile = use.tile_width((a.B + threads - 1) / threads);
+  const int tile = use.tile_width((a.B + threads - 1) / threads, a.m);
   const int64_t tiles = (a.B + tile - 1) / tile;
   int64_t segments = 1;
   if (tiles < threads) segments = std::max<int64_t>(1, std::min<int64_t>(threads / tiles, a.n / 1024));

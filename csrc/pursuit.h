@@ -19,6 +19,7 @@ struct PursuitArgs {
   int64_t B, m, n, d, k;
   float tol;             // of the sample's norm; negative: stop at rounding error only
   bool positive;         // select by signed correlation instead of the magnitude
+  bool nonnegative;      // coefficients >= 0 (with positive)
   // omp
   int64_t block;
   bool disjoint;

@@ -29,6 +29,11 @@ class Factor {
     for (int64_t s = 0; s < stride_; ++s) x_[s] = y_[s] = g_[s] = right_[s] = 0.0f;
   }
 
+  void clear() {
+    for (int64_t s = 0; s < count(); ++s) x_[s] = right_[s] = 0.0f;
+    support.clear();
+  }
+
   int64_t count() const { return support.count(); }
   const float* coefficients() const { return x_; }
 

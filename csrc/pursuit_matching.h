@@ -131,23 +131,17 @@ void match_sample(
     norm = norm_of(s.residual, a.m);
   }
   if (a.refit) {
-    s.cholesky.factor(s.support, s.features, used);
-    for (int64_t i = 0; i < used; ++i) s.x[i] = 0.0f;
-    s.cholesky.solve(s.support, target, s.x);
-    std::memcpy(s.residual, target, static_cast<size_t>(a.m) * sizeof(float));
-    s.support.subtract(s.x, s.residual, 1);
-    if (s.cholesky.delicate()) {
-      s.cholesky.solve(s.support, s.residual, s.x);
-      std::memcpy(s.residual, target, static_cast<size_t>(a.m) * sizeof(float));
-      s.support.subtract(s.x, s.residual, 1);
-    }
+    s.cholesky.load_support(s.support, s.features, used);
+    if (a.nonnegative) s.cholesky.solve_nonnegative(s.support, target, floor, s.x, s.residual, a.m);
+    else s.cholesky.solve(s.support, target, s.x, s.residual, a.m);
     norm = norm_of(s.residual, a.m);
     s.support.clear();
     int64_t kept = 0;
     for (int64_t i = 0; i < used; ++i) {
+      const bool keep = a.nonnegative ? s.x[i] > 0.0f : s.cholesky.taken(i);
       s.features[kept] = s.features[i];
       s.x[kept] = s.x[i];
-      kept += s.cholesky.taken(i);
+      kept += keep;
     }
     used = kept;
   }

@@ -23,6 +23,10 @@ EXPANDER_INLINE void pass_over(Lane& lane, int32_t feature) {
   lane.passed = true;
 }
 
+EXPANDER_INLINE bool passed_over(const Lane& lane, int32_t feature) {
+  return lane.passed && (lane.passed_over[feature / 64] >> feature % 64 & 1) != 0;
+}
+
 struct OmpScratch {
   float *target, *residual;  // (m, width)
   float *best, *norm;        // (width)
@@ -30,7 +34,8 @@ struct OmpScratch {
   float* scores;             // (kLanes, stride); one sample's for block = 1
   float* pile_max;
   float* sample;             // (kLanes, m)
-  int32_t *picks, *refused;
+  int32_t *picks, *refused, *kept;
+  float* old;
   uint8_t* row_taken;
   Lane* lanes;
   int64_t width, stride;
@@ -51,6 +56,8 @@ struct OmpScratch {
     sample = arena.take<float>(a.m * kLanes);
     picks = arena.take<int32_t>(a.block);
     refused = arena.take<int32_t>(a.block);
+    kept = arena.take<int32_t>(padded(a.k));
+    old = arena.take<float>(padded(a.k));
     row_taken = arena.take<uint8_t>(a.m);
     lanes = arena.take<Lane>(width);
     for (int64_t l = 0; l < width; ++l) {
@@ -160,13 +167,82 @@ int64_t pick_block(const PursuitArgs& a, OmpScratch& s, Picker& picker, float fl
   return count;
 }
 
+// After a column was added to the feasible coefficients s.old: least squares under x >= 0 by dropping columns, the inner
+// loop of Lawson & Hanson (1974). Few samples need it in few rounds, so the factor is simply built anew.
+void keep_positive(const PursuitArgs& a, OmpScratch& s, int64_t l) {
+  Factor& factor = s.lanes[l].factor;
+  for (;;) {
+    const float* x = factor.coefficients();
+    const int32_t* features = factor.support.features();
+    float step = 1.0f;
+    bool leaving = false;
+    for (int64_t i = 0; i < factor.count(); ++i) {
+      if (x[i] > 0.0f) continue;
+      leaving = true;
+      const float ratio = s.old[i] > 0.0f ? s.old[i] / (s.old[i] - x[i]) : 0.0f;
+      step = ratio < step ? ratio : step;
+    }
+    if (!leaving) return;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < factor.count(); ++i) {
+      const float ratio = s.old[i] > 0.0f ? s.old[i] / (s.old[i] - x[i]) : 0.0f;
+      if (x[i] <= 0.0f && ratio <= step) continue;
+      s.kept[kept] = features[i];
+      s.old[kept++] = s.old[i] + step * (x[i] - s.old[i]);
+    }
+    factor.clear();
+    int64_t built = 0;
+    for (int64_t i = 0; i < kept; ++i) {
+      s.old[built] = s.old[i];
+      built += factor.append(s.kept[i], correlation(a, s.kept[i], s.target + l, s.width));
+    }
+    factor.settle(0);
+  }
+}
+
+// Adds feature j, whose correlation with the residual is c; false (and never again) if it depends on the support.
+bool take(const PursuitArgs& a, OmpScratch& s, int64_t l, int32_t j, float c) {
+  Lane& lane = s.lanes[l];
+  const int64_t before = lane.factor.count();
+  if (a.nonnegative) {
+    for (int64_t i = 0; i < before; ++i) s.old[i] = lane.factor.coefficients()[i];
+    s.old[before] = 0.0f;
+  }
+  if (!lane.factor.append(j, c)) {
+    pass_over(lane, j);
+    return false;
+  }
+  lane.factor.settle(before);
+  if (a.nonnegative) {
+    keep_positive(a, s, l);
+    if (!lane.factor.support.holds(j)) pass_over(lane, j);  // rounding alone made it look useful
+  }
+  return true;
+}
+
+void update_residual(const PursuitArgs& a, OmpScratch& s, int64_t l) {
+  for (int64_t i = 0; i < a.m; ++i) s.residual[i * s.width + l] = s.target[i * s.width + l];
+  s.lanes[l].factor.support.subtract(s.lanes[l].factor.coefficients(), s.residual + l, s.width);
+}
+
 // One round of one sample whose scores stand in `scores`. Returns false when nothing could be taken.
-bool take_block(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r, float* scores) {
+bool take_block(const PursuitArgs& a, OmpScratch& s, int64_t l, float* scores) {
+  Lane& lane = s.lanes[l];
+  const float* r = s.residual + l;
   leave_out(a, lane, scores);
   Picker picker(scores, s.pile_max, a.n);
   const int64_t before = lane.factor.count();
   const int64_t wanted = a.block < a.k - before ? a.block : a.k - before;
   const int64_t count = pick_block(a, s, picker, lane.floor, wanted);
+  if (a.nonnegative) {
+    for (int64_t i = 0; i < count && lane.factor.count() < a.k; ++i) {
+      if (i > 0) update_residual(a, s, l);
+      // Earlier columns of this block may have explained what this one promised.
+      const float c = correlation(a, s.picks[i], r, s.width);
+      if (c > lane.floor) take(a, s, l, s.picks[i], c);
+    }
+    return count > 0;
+  }
   for (int64_t i = 0; i < count; ++i) {
     const int32_t j = s.picks[i];
     if (!lane.factor.append(j, correlation(a, j, r, s.width))) pass_over(lane, j);
@@ -176,22 +252,18 @@ bool take_block(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r,
 }
 
 // One round with block = 1 of a sample whose best feature is of no use: next best, until one is independent.
-bool take_next_best(const PursuitArgs& a, OmpScratch& s, Lane& lane, const float* r) {
+bool take_next_best(const PursuitArgs& a, OmpScratch& s, int64_t l) {
+  const float* r = s.residual + l;
   for (int64_t j = 0; j < a.n; ++j) {
     const float c = correlation(a, static_cast<int32_t>(j), r, s.width);
     s.scores[j] = a.positive ? c : std::fabs(c);
   }
-  leave_out(a, lane, s.scores);
+  leave_out(a, s.lanes[l], s.scores);
   Picker picker(s.scores, s.pile_max, a.n);
-  const int64_t before = lane.factor.count();
   for (;;) {
-    const int32_t j = picker.pop(lane.floor);
+    const int32_t j = picker.pop(s.lanes[l].floor);
     if (j < 0) return false;
-    if (lane.factor.append(j, correlation(a, j, r, s.width))) {
-      lane.factor.settle(before);
-      return true;
-    }
-    pass_over(lane, j);
+    if (take(a, s, l, j, correlation(a, j, r, s.width))) return true;
   }
 }
 
@@ -201,16 +273,11 @@ void single_round(const PursuitArgs& a, const int32_t* offsets, OmpScratch& s, i
   for (int l = 0; l < count; ++l) {
     Lane& lane = s.lanes[l];
     if (!lane.live) continue;
-    const float* r = s.residual + l;
     const int32_t j = s.best_at[l];
     lane.live = s.best[l] > lane.floor;
     if (!lane.live) continue;
-    const int64_t before = lane.factor.count();
-    if (!lane.factor.support.holds(j) && lane.factor.append(j, correlation(a, j, r, s.width))) {
-      lane.factor.settle(before);
-    } else {
-      lane.live = take_next_best(a, s, lane, r);
-    }
+    const bool known = lane.factor.support.holds(j) || passed_over(lane, j);
+    if (known || !take(a, s, l, j, correlation(a, j, s.residual + l, s.width))) lane.live = take_next_best(a, s, l);
     lane.rounds += lane.live;
   }
 }
@@ -221,7 +288,7 @@ void block_round(const PursuitArgs& a, const int32_t* offsets, OmpScratch& s, in
     for (int l = first; l < count && l < first + kLanes; ++l) {
       Lane& lane = s.lanes[l];
       if (!lane.live) continue;
-      lane.live = take_block(a, s, lane, s.residual + l, s.scores + (l - first) * s.stride);
+      lane.live = take_block(a, s, l, s.scores + (l - first) * s.stride);
       lane.rounds += lane.live;
     }
   }
@@ -273,9 +340,13 @@ void omp_tile(const PursuitArgs& a, const int32_t* offsets, int64_t first, int c
     for (int l = 0; l < count; ++l) {
       Lane& lane = s.lanes[l];
       lane.live = lane.live && lane.factor.count() < a.k && s.norm[l] > lane.enough;
+      // Dropping columns makes for more rounds than columns; Lawson & Hanson's cap.
+      lane.live = lane.live && lane.rounds < 3 * a.k;
     }
   }
-  for (int l = 0; l < count; ++l) s.lanes[l].factor.refine(s.residual + l, s.width);
+  if (!a.nonnegative) {  // a refinement could leave x >= 0
+    for (int l = 0; l < count; ++l) s.lanes[l].factor.refine(s.residual + l, s.width);
+  }
   update_residuals(a, s, count);
   for (int l = 0; l < count; ++l) {
     const Lane& lane = s.lanes[l];

@@ -1,4 +1,4 @@
-"""The commands on a small language model, end to end; every mistake is one message and exit code 1, never a traceback."""
+"""The commands on a small language model, end to end; a mistake is one message and exit code 1, never a traceback."""
 
 from __future__ import annotations
 
@@ -118,8 +118,13 @@ def test_harvest_train_evaluate_info(place: Path, tmp_path: Path) -> None:
     assert "75 positions of 5 windows (heldout); replaced: all-but-first" in shown.output
     whole = json.loads(out.read_text())
     assert whole["settings"] == {
-        "model": str(place / "model"), "layer": LAYER, "text": str(place / "text.jsonl"), "split": "heldout", "window": 16, "windows": 5,
-    }  # fmt: skip
+        "model": str(place / "model"),
+        "layer": LAYER,
+        "text": str(place / "text.jsonl"),
+        "split": "heldout",
+        "window": 16,
+        "windows": 5,
+    }
     (row,) = whole["rows"]
     assert (row["num_values"], row["k"], row["l0"] <= 3) == (96, 3, True)
     assert row["ce_clean"] < row["ce_zero"]

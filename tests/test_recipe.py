@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -210,13 +214,9 @@ def test_the_seed_draws_mask_and_values() -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    import ast
-    import inspect
-    import textwrap
-
     for section in (SAEConfig, TrainConfig):
         body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-        for here, after in zip(body, body[1:], strict=False):
+        for here, after in itertools.pairwise(body):
             if isinstance(here, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), here.target.id  # type: ignore[union-attr]
                 assert isinstance(after.value, ast.Constant)

@@ -1,4 +1,4 @@
-"""The SAE against an explicit dense masked matrix, with every gradient; types, shapes, bad input, copies, compilation."""
+"""The SAE against an explicit dense masked matrix, with every gradient; types, shapes, bad input, copies, compiling."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shaken(sae: SAE, seed: int = 0, dtype: torch.dtype = torch.float64) -> SAE:
 
 
 def explicit(sae: SAE, h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Dense code ``(B, n)``, reconstruction, and leaves by parameter name: the formulas of the paper and nothing else."""
+    """Dense code ``(B, n)``, reconstruction, and leaves by parameter name: the paper's formulas and nothing else."""
     leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in sae.named_parameters()}
 
     def columns(prefix: str, dictionary: ExpanderDictionary | DenseDictionary) -> Tensor:

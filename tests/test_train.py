@@ -118,15 +118,15 @@ def test_the_schedule_is_one_cosine_period_after_the_warm_up() -> None:
         cosine.step()
 
 
-def plain_loop(sae: SAE, h: Tensor, config: TrainConfig) -> tuple[list[float], list[float]]:
-    """The paper's recipe on an explicit dense masked matrix; losses and in-batch variances. ``sae`` gets the weights."""
+def plain_loop(sae: SAE, h: Tensor, config: TrainConfig) -> list[float]:
+    """The paper's recipe on an explicit dense masked matrix: losses, and the weights in ``sae``."""
     mask = sae.dictionary.mask.to_dense().double()  # type: ignore[union-attr]
     w = torch.nn.Parameter(sae.dictionary.matrix().to_dense().detach().double())
     b_enc, b_dec = torch.nn.Parameter(torch.zeros(N).double()), torch.nn.Parameter(torch.zeros(M).double())
     optimiser = torch.optim.Adam([w, b_enc, b_dec], lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps, config.lr_final)
     batches = TensorSource(h).batches(config.batch_size, config.seed)
-    losses, variances = [], []
+    losses = []
     for _ in range(config.steps):
         batch = next(batches)
         unit = w * mask / (w * mask).norm(dim=0)
@@ -139,12 +139,11 @@ def plain_loop(sae: SAE, h: Tensor, config: TrainConfig) -> tuple[list[float], l
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-        variances.append(float((batch - batch.mean(dim=0)).pow(2).sum(dim=1).mean()))
     with torch.no_grad():
         sae.dictionary.values.copy_((w * mask).T.gather(1, sae.dictionary.rows.long()))  # type: ignore[union-attr]
         sae.encoder.b_enc.copy_(b_enc)
         sae.b_dec.copy_(b_dec)
-    return losses, variances
+    return losses
 
 
 def test_the_loop_is_the_papers_recipe(tmp_path: Path) -> None:
@@ -154,7 +153,8 @@ def test_the_loop_is_the_papers_recipe(tmp_path: Path) -> None:
     with torch.no_grad():  # the plain loop's parameter is the masked matrix, which starts at unit norm
         ours.dictionary.values.copy_(ours.dictionary.matrix().values)  # type: ignore[union-attr]
     plain = copy.deepcopy(ours)
-    losses, variances = plain_loop(plain, h, config)
+    losses = plain_loop(plain, h, config)
+    variance = float((h - h.mean(dim=0)).square().sum(dim=1).mean())
     train(ours, TensorSource(h), config, tmp_path)
     for name, tensor in state(plain).items():
         torch.testing.assert_close(state(ours)[name], tensor, rtol=1e-6, atol=1e-8)
@@ -163,7 +163,7 @@ def test_the_loop_is_the_papers_recipe(tmp_path: Path) -> None:
     for number, line in enumerate(lines):
         part = slice(8 * number, 8 * number + 8)
         assert line["loss"] == pytest.approx(sum(losses[part]) / 8, rel=1e-6)
-        assert line["fvu"] == pytest.approx(sum(losses[part]) / sum(variances[part]), rel=1e-6)
+        assert line["fvu"] == pytest.approx(sum(losses[part]) / 8 / variance, rel=1e-6)
         assert line["lr"] == config.lr_at(line["step"] - 1)
     assert lines[-1]["fvu"] < lines[0]["fvu"]
 
@@ -235,9 +235,17 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_batches_of_one_have_no_fvu(tmp_path: Path) -> None:
-    train(expander(), TensorSource(activations()), replace(QUICK, batch_size=1), tmp_path)
-    assert {line["fvu"] for line in log_of(tmp_path)} == {None}
+def test_the_fvu_of_the_log_is_a_fraction_of_the_whole_sets_variance(tmp_path: Path) -> None:
+    h = activations()
+    train(expander(), TensorSource(h), replace(QUICK, batch_size=1), tmp_path)
+    variance = float((h - h.mean(dim=0)).square().sum(dim=1).mean())
+    for line in log_of(tmp_path):
+        assert line["fvu"] == pytest.approx(line["loss"] / variance, rel=1e-4)
+
+
+def test_activations_that_are_all_equal_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train(expander(), TensorSource(torch.ones(64, M)), QUICK)
 
 
 # Resume
@@ -271,6 +279,24 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(
     assert same(state(sae), whole[config][0])
     assert same(state(SAE.from_pretrained(tmp_path)), whole[config][0])
     assert log_of(tmp_path) == whole[config][1]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SAE.dense(M, N, k=K, untied=True), lambda: expander().with_encoder("omp")], ids=["dense", "omp"]
+)
+def test_other_kinds_resume_bit_for_bit_too(make: Callable[[], SAE], tmp_path: Path) -> None:
+    config, ends = replace(PAPER, scale_activations=True), []
+    for at in (None, 4, 19):
+        folder = tmp_path / str(at)
+        if at is not None:
+            with pytest.raises(KeyboardInterrupt):
+                train(make(), interrupted(at), config, folder)
+        sae = make()
+        train(sae, TensorSource(activations()), config, folder)
+        ends.append((state(sae), log_of(folder)))
+    for end, log in ends[1:]:
+        assert same(end, ends[0][0])
+        assert log == ends[0][1]
 
 
 def test_interrupted_again_and_again(tmp_path: Path, whole) -> None:

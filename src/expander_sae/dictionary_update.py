@@ -249,7 +249,7 @@ class _Systems:
             right = torch.where(inside, self.right.flatten()[entry], 0.0).unsqueeze(2).double()
             total = self.residual[part].unsqueeze(1).double()
         gram = self._padded(part, span, inside)
-        gram -= 0*code.unsqueeze(2) * code.unsqueeze(1) / self.count
+        gram -= code.unsqueeze(2) * code.unsqueeze(1) / self.count
         gram.diagonal(dim1=1, dim2=2).add_(weight)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed.any()):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from expander_sae import hub, sae_folder
-from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, dictionary_from
+from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, ExpanderMatrix, dictionary_from
 from expander_sae.encoder import Encoder, TopKEncoder, encoder_from, pursuit_encoder
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
+from expander_sae.ops.fused import TiedError, tied_error
 
 
 class SAE(nn.Module):
@@ -142,6 +143,20 @@ class SAE(nn.Module):
         matrix = self.dictionary.matrix()
         code = self.encoder(matrix, h - self.b_dec)
         return code, matrix.decode(code) + self.b_dec
+
+    def squared_error(self, h: Tensor) -> TiedError:
+        """``mean ‖h - ĥ‖²`` over ``h (B, d_in)``, differentiable in the parameters; residual and code beside it.
+
+        Unchecked: the training path. A tied TopK encoder on an expander takes one fused call.
+        """
+        matrix, encoder = self.dictionary.matrix(), self.encoder
+        if isinstance(matrix, ExpanderMatrix) and isinstance(encoder, TopKEncoder) and encoder.own is None:
+            return tied_error(
+                h, matrix.rows, matrix.values, encoder.b_enc, self.b_dec, encoder.k, relu=encoder.relu
+            )
+        code = encoder(matrix, h - self.b_dec)
+        residual = h - matrix.decode(code) - self.b_dec
+        return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code.detach())
 
     def reconstruct_with(self, h: Tensor, features: Tensor, k: int) -> Tensor:
         """What the named features alone make of ``h``, ``k`` of them a sample and without ``b_dec``: for AuxK."""

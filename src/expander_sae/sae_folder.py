@@ -36,7 +36,10 @@ def write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]
     """
     folder = Path(folder)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / TENSORS_NAME) as tensor_file:
+    with (
+        files.atomic_path(folder / CONFIG_NAME) as config_file,
+        files.atomic_path(folder / TENSORS_NAME) as tensor_file,
+    ):
         try:
             save_file(stored, tensor_file)
         except SafetensorError as error:  # it wraps the operating system's errors
@@ -86,12 +89,18 @@ def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise SAEFolderError(f"{folder} lacks {name}, which its {CONFIG_NAME} lists; fetch or save the SAE again")
         size = path.stat().st_size
         if size != recorded["bytes"]:
-            raise SAEFolderError(f"{path} has {size} bytes, {CONFIG_NAME} records {recorded['bytes']}: truncated or altered")
+            raise SAEFolderError(
+                f"{path} has {size} bytes, {CONFIG_NAME} records {recorded['bytes']}: truncated or altered"
+            )
         digest = files.sha256_file(path)
         if digest != recorded["sha256"]:
-            raise SAEFolderError(f"{path} was altered: its SHA-256 is {digest}, {CONFIG_NAME} records {recorded['sha256']}")
+            raise SAEFolderError(
+                f"{path} was altered: its SHA-256 is {digest}, {CONFIG_NAME} records {recorded['sha256']}"
+            )
     try:
-        return config, load_file(Path(folder) / TENSORS_NAME)
+        # Copies, because those of the file lie at any address: matrix products round differently there, and an SAE
+        # should give after loading, bit for bit, what it gave before.
+        return config, {name: tensor.clone() for name, tensor in load_file(Path(folder) / TENSORS_NAME).items()}
     except SafetensorError as error:
         raise SAEFolderError(f"{Path(folder) / TENSORS_NAME} cannot be read: {error}") from None
 
@@ -109,7 +118,9 @@ def _config_hash(config: dict[str, Any]) -> str:
 def check_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     """``tensor`` if it is floating point with that shape, else :class:`SAEFolderError`."""
     if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.dtype not in _STORED:
-        raise SAEFolderError(f"{name} should be floating point of shape {shape}, it is {tensor.dtype} {tuple(tensor.shape)}")
+        raise SAEFolderError(
+            f"{name} should be floating point of shape {shape}, it is {tensor.dtype} {tuple(tensor.shape)}"
+        )
     return tensor
 
 

@@ -69,14 +69,15 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "resample_every", "resample_below", "aux_k", "aux_coefficient", "lr_final", "seed"):
+        from_zero = ("warmup_steps", "resample_every", "resample_below", "aux_k", "aux_coefficient", "lr_final", "seed")
+        for name in from_zero:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not (self.lr > 0 and self.clip_norm > 0):
             raise ValueError(f"lr and clip_norm must be positive, got {self.lr} and {self.clip_norm}")
-        endless = [name for name, value in asdict(self).items() if isinstance(value, float) and not math.isfinite(value)]
-        if endless:
-            raise ValueError(f"{', '.join(endless)} must be finite")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.b_dec_init not in ("zero", "mean"):
             raise ValueError(f"b_dec_init must be 'zero' or 'mean', got {self.b_dec_init!r}")
 
@@ -123,7 +124,7 @@ def train(
     if source.d_in != sae.d_in:
         raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
     if config.aux_k and isinstance(sae.encoder, PursuitEncoder):
-        raise ValueError("AuxK needs an encoder that scores dead features, a pursuit has none: set aux_k=0 and resample instead")
+        raise ValueError("AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead")
     loop = _Loop(sae, source, config)
     described = sae.config() | {"dtype": str(sae.dtype), "metrics": None, "training": None}
     identity = {"sae": described, "train": asdict(config), "rows": len(source)}
@@ -167,29 +168,28 @@ class _Loop:
         self.sae, self.source, self.config = sae, source, config
         self.device = sae.b_dec.device
         self.scale = 1.0
+        self.variance = 0.0  # mean ‖h - h̄‖² of the activations as trained on: what the FVU of the log is a fraction of
         self.fires = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # since the last resampling
         self.idle_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # tokens since the last fire
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
         self.batches: Iterator[Tensor] | None = None
         self.losses: list[Tensor] = []  # since the last look: read in one go, so that a GPU need not wait each step
-        self.fvu_parts: list[Tensor] = []
         self.first_loss: float | None = None
         self.seconds = 0.0
         self.clock = time.perf_counter()
         self.resampled = 0
 
     def initialise(self) -> None:
-        """Statistics of the activations that the recipe asks for."""
+        """Mean and variance of the activations, put to the use that the recipe asks for."""
         config = self.config
-        if config.b_dec_init == "zero" and not config.scale_activations:
-            return
         sample = self.source.sample(min(_STATISTICS_ROWS, len(self.source)), config.seed).to(self.device, torch.float64)
         mean = sample.mean(dim=0)
+        self.variance = float((sample - mean).square().sum(dim=1).mean())
+        if self.variance <= 0:
+            raise ValueError("all sampled activations are equal: there is nothing to learn")
         if config.scale_activations:
-            variance = float((sample - mean).square().sum(dim=1).mean())
-            if variance <= 0:
-                raise ValueError("all sampled activations are equal: there is nothing to learn")
-            self.scale = math.sqrt(self.sae.d_in / variance)
+            self.scale = math.sqrt(self.sae.d_in / self.variance)
+            self.variance = float(self.sae.d_in)
         if config.b_dec_init == "mean":
             with torch.no_grad():
                 self.sae.b_dec.copy_(mean * self.scale)
@@ -202,21 +202,17 @@ class _Loop:
         h = next(self.batches).to(self.device, sae.dtype) * self.scale
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr_at(step)
-        code, recon = sae.encode_decode(h)
-        residual = h - recon
-        error = residual.square().sum(dim=1).mean()
-        loss = error + self._auxiliary(h, residual.detach()) if config.aux_k else error
+        error, residual, code = sae.squared_error(h)
+        loss = error + self._auxiliary(h, residual) if config.aux_k else error
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
         self.optimiser.step()
 
-        error = error.detach()
-        self.losses.append(error)
-        self.fvu_parts.append(torch.stack([error, (h - h.mean(dim=0)).square().sum(dim=1).mean()]))
+        self.losses.append(error.detach())
         self._count(code)
         if config.resample_every and (step + 1) % config.resample_every == 0 and step + 1 < config.steps:
-            self._resample(h, residual.detach(), step)
+            self._resample(residual, step)
 
     def _auxiliary(self, h: Tensor, residual: Tensor) -> Tensor:
         """AuxK: the squared error of the dead features' best attempt at the residual."""
@@ -233,7 +229,7 @@ class _Loop:
         self.idle_tokens += code.indices.shape[0]
         self.idle_tokens[fires > 0] = 0
 
-    def _resample(self, h: Tensor, residual: Tensor, step: int) -> None:
+    def _resample(self, residual: Tensor, step: int) -> None:
         """Aim rarely firing features at residuals, drawn with probability proportional to their energy."""
         features = (self.fires < self.config.resample_below).nonzero().flatten()
         self.fires.zero_()
@@ -277,15 +273,14 @@ class _Loop:
         """A line of the log over the steps since the last one."""
         loss = self.check(step, tail, checkpoint)
         self.first_loss = loss if self.first_loss is None else self.first_loss
-        error, variance = torch.stack(self.fvu_parts).sum(dim=0).tolist()
-        count, self.losses, self.fvu_parts = len(self.losses), [], []
+        count, self.losses = len(self.losses), []
         now = time.perf_counter()
         elapsed, self.clock = now - self.clock, now
         self.seconds += elapsed
         return {
             "step": step + 1,
             "loss": loss / self.scale**2,
-            "fvu": error / variance if variance > 0 else None,
+            "fvu": loss / self.variance,
             "dead": int((self.idle_tokens > self.config.dead_after).sum()),
             "resampled": self.resampled,
             "lr": self.config.lr_at(step),
@@ -299,15 +294,15 @@ class _Loop:
             for key, value in self.optimiser.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors |= {"fires": self.fires, "idle_tokens": self.idle_tokens}
-        tensors |= {f"pending.{i}": part for i, part in enumerate(self.fvu_parts)}
+        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
         elapsed = self.seconds + time.perf_counter() - self.clock
         numbers = {
             "step": step,
             "scale": self.scale,
+            "variance": self.variance,
             "seconds": elapsed,
             "first_loss": self.first_loss,
             "resampled": self.resampled,
-            "pending": len(self.fvu_parts),
         }
         return tensors, numbers
 
@@ -323,9 +318,8 @@ class _Loop:
                 if key.startswith(prefix)
             }
         self.fires, self.idle_tokens = tensors["fires"].to(self.device), tensors["idle_tokens"].to(self.device)
-        self.fvu_parts = [tensors[f"pending.{i}"].to(self.device) for i in range(numbers["pending"])]
-        self.losses = [part[0] for part in self.fvu_parts]
-        self.scale, self.seconds = numbers["scale"], numbers["seconds"]
+        self.losses = list(tensors["losses"].to(self.device))
+        self.scale, self.variance, self.seconds = numbers["scale"], numbers["variance"], numbers["seconds"]
         self.first_loss, self.resampled = numbers["first_loss"], numbers["resampled"]
         return numbers["step"]
 

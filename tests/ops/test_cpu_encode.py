@@ -134,9 +134,10 @@ def test_zero_samples_among_others() -> None:
 
 def test_negative_zero_ties_with_zero() -> None:
     p = problem(20, 8, 600, 2, 1)
-    p.h.zero_()
-    p.h[::2] = -0.0
-    check_encode(p, 30, bias=False)
+    p.h[:] = -0.0  # with positive values and a bias of -0, a score of -0
+    p.values.abs_()
+    p.b_enc = torch.where(torch.arange(600) % 3 == 0, 0.0, -0.0)
+    check_encode(p, 30)
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])

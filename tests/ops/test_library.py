@@ -1,4 +1,4 @@
-"""The operators' wiring: gradients against an explicit dense matrix, torch.library's own checks, compilation, dispatch, errors."""
+"""The operators' wiring: gradients against a dense matrix, torch.library's own checks, compiling, dispatch, errors."""
 
 from __future__ import annotations
 
@@ -321,9 +321,9 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_cannot_run_here_says_why() -> None:
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run on cuda here: .+"):
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run on cuda here: .+"):
         ops.resolve_backend("cpu", torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cpu here: .+"):
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run on cpu here: .+"):
         ops.resolve_backend("triton", torch.device("cpu"))
 
 

@@ -130,6 +130,31 @@ def test_more_candidates_than_room(magnitude: bool) -> None:
     assert kernels.encode_topk(h, rows, values, None, 3)[0][0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_ordinary_data_fill_the_lists_as_planned(magnitude: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound that is too low or too high costs time, not the answer: look at the lists themselves."""
+    lists: list[Tensor] = []
+    select = encode._select_kernel
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]):
+            def launch(*args: Tensor, **kwargs: int) -> None:
+                lists.append(args[2])
+                select[grid](*args, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(encode, "_select_kernel", Spy())
+    batch, m, n, d, k = 5, 12, 37, 4, 10
+    generator = torch.Generator().manual_seed(2)
+    h, values = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((batch, m), (n, d)))
+    bias = torch.full((n,), 0.0 if magnitude else -99.0, device=DEVICE)  # what fills up a block must not look large
+    kernels.encode_topk(h, mask_rows(m, n, d), values, bias, k, magnitude=magnitude)
+    (counts,) = lists
+    # A group a feature: the bound is the k-th score itself, so exactly k reach it.
+    assert counts.tolist() == [k] * batch + [0] * (len(counts) - batch)
+
+
 @pytest.mark.parametrize("options", [{}, {"magnitude": True}, {"relu": True}])
 def test_a_bound_that_is_too_high_is_noticed(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     class TooHigh:

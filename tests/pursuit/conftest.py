@@ -14,7 +14,13 @@ M, N, DEGREE = 64, 160, 5
 
 
 def expander(
-    m: int = M, n: int = N, degree: int = DEGREE, *, seed: int = 0, dtype: torch.dtype = torch.float64, unit: bool = True
+    m: int = M,
+    n: int = N,
+    degree: int = DEGREE,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    unit: bool = True,
 ) -> ExpanderMatrix:
     mask = Mask.build("left-regular", d_in=m, d_sae=n, degree=degree, seed=seed)
     values = torch.randn(n, degree, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -27,8 +27,20 @@ OMP_OPTIONS = [
     {"block": 4, "disjoint": True, "signed": True},
     {"tol": 0.6},
     {"block": 4, "tol": 0.6},
+    {"nonnegative": True},
+    {"nonnegative": True, "block": 4},
+    {"nonnegative": True, "block": 4, "disjoint": True},
 ]
-MP_OPTIONS = [{}, {"refit": False}, {"reselect": True}, {"reselect": True, "refit": False}, {"signed": True}, {"tol": 0.6}]
+MP_OPTIONS = [
+    {},
+    {"refit": False},
+    {"reselect": True},
+    {"reselect": True, "refit": False},
+    {"signed": True},
+    {"tol": 0.6},
+    {"nonnegative": True},
+    {"nonnegative": True, "refit": False},
+]
 CASES = [(omp, options) for options in OMP_OPTIONS] + [(matching_pursuit, options) for options in MP_OPTIONS]
 INSTRUCTION_SETS = kernels.instruction_sets() if kernels.available() else []
 
@@ -42,7 +54,9 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _kernels.use_isa(INSTRUCTION_SETS[0])
 
 
-def check_close(code: PursuitCode, expected: PursuitCode, h: Tensor, *, same: float = 1.0, tolerance: float = 2e-5) -> None:
+def check_close(
+    code: PursuitCode, expected: PursuitCode, h: Tensor, *, same: float = 1.0, tolerance: float = 2e-5
+) -> None:
     """Equal residuals, and at least the share ``same`` of samples with the same features in the same order."""
     scale = h.norm(dim=1) + 1e-30
     gap = (code.residual_norms - expected.residual_norms).abs()
@@ -57,7 +71,9 @@ def check_close(code: PursuitCode, expected: PursuitCode, h: Tensor, *, same: fl
 
 @pytest.mark.parametrize(("solver", "options"), CASES)
 @pytest.mark.parametrize(("m", "n", "degree", "batch"), [(64, 160, 5, 37), (100, 700, 7, 16), (48, 130, 16, 3)])
-def test_equals_the_reference(instruction_set: str, solver, options: dict, m: int, n: int, degree: int, batch: int) -> None:
+def test_equals_the_reference(
+    instruction_set: str, solver, options: dict, m: int, n: int, degree: int, batch: int
+) -> None:
     matrix = expander(m, n, degree, dtype=torch.float32)
     h = gaussian(batch, m, dtype=torch.float32)
     code = solver(h, matrix, 20, backend="cpu", **options)
@@ -177,10 +193,12 @@ def test_any_shape(m: int, n: int, data: st.DataObject, seed: int) -> None:
     block = data.draw(st.integers(1, k), "block")
     disjoint = data.draw(st.booleans(), "disjoint")
     reselect = data.draw(st.booleans(), "reselect")
+    nonnegative = data.draw(st.booleans(), "nonnegative")
     for code in (
-        omp(h, matrix, k, block=block, disjoint=disjoint, backend="cpu"),
-        matching_pursuit(h, matrix, k, reselect=reselect, backend="cpu"),
+        omp(h, matrix, k, block=block, disjoint=disjoint, nonnegative=nonnegative, backend="cpu"),
+        matching_pursuit(h, matrix, k, reselect=reselect, nonnegative=nonnegative, backend="cpu"),
     ):
+        assert not nonnegative or (code.values >= 0).all()
         assert code.values.isfinite().all()
         assert ((code.indices >= 0) & (code.indices < n)).all()
         residual = h - matrix.decode(code)

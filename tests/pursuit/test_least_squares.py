@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from expander_sae.dictionary import DenseMatrix, Matrix
 from expander_sae.pursuit import matching_pursuit, omp, refit
 
-from .conftest import N, expander, gaussian, planted
+from .conftest import N, gaussian, planted
 
 
 def supports(batch: int, k: int) -> torch.Tensor:
@@ -134,8 +134,3 @@ def test_nonnegative_omp_bears_duplicates_and_k_beyond_the_rank(make_matrix, dty
     assert (code.values >= 0).all()
     _, norms = nnls_on(matrix, h, torch.arange(80).expand(10, 80))
     np.testing.assert_allclose(code.residual_norms.numpy(), norms, atol=1e-4 if dtype == torch.float32 else 1e-9)
-
-
-def test_nonnegative_with_the_kernels_is_an_error() -> None:
-    with pytest.raises(ValueError, match="without the non-negative variants"):
-        omp(gaussian(2, dtype=torch.float32), expander(dtype=torch.float32), 3, nonnegative=True, backend="cpu")

@@ -174,6 +174,16 @@ def test_scale_of_the_samples_changes_nothing_but_the_coefficients(matrix: Matri
         assert torch.equal(code.values, expected.values * scale)
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e37])
+def test_extreme_samples_in_float32(make_matrix, scale: float) -> None:
+    matrix = make_matrix(dtype=torch.float32)
+    h = gaussian(6, dtype=torch.float32).clamp(-3, 3) * scale
+    code = omp(h, matrix, 8)
+    assert code.values.isfinite().all()
+    assert code.residual_norms.isfinite().all()
+    assert (code.values != 0).any(dim=1).all()
+
+
 def test_b_dec_is_subtracted(matrix: Matrix) -> None:
     h, b_dec = gaussian(6), gaussian(1, seed=9)[0]
     expected = omp(h - b_dec, matrix, 5)
@@ -329,15 +339,15 @@ def test_disjoint_needs_an_expander() -> None:
         omp(gaussian(2), dense(expander()), 4, block=2, disjoint=True)
 
 
-def test_ols_takes_the_column_that_lowers_the_residual_most(matrix: Matrix) -> None:
-    h = gaussian(2)
+def test_ols_takes_the_column_that_lowers_the_residual_most(make_matrix) -> None:
+    matrix, h = make_matrix(24, 40, 4), gaussian(2, 24)
     code = ols(h, matrix, 5)
     columns = matrix.to_dense()
     for b in range(2):
         chosen: list[int] = []
         for _ in range(5):
             best = (float("inf"), -1)
-            for j in set(range(N)) - set(chosen):
+            for j in set(range(40)) - set(chosen):
                 support = columns[:, [*chosen, j]]
                 solution = torch.linalg.lstsq(support, h[b, :, None]).solution
                 best = min(best, (float((h[b] - (support @ solution)[:, 0]).norm()), j))

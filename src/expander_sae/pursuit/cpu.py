@@ -16,20 +16,19 @@ from expander_sae.ops import cpu as kernels
 from expander_sae.ops import resolve_backend
 
 
-def chosen(backend: str | None, matrix: Matrix, dtype: torch.dtype, *, supported: bool = True) -> bool:
+def chosen(backend: str | None, matrix: Matrix, dtype: torch.dtype) -> bool:
     """Whether a pursuit runs here rather than in PyTorch; ``dtype`` is the type it computes in.
 
-    ``backend=None`` takes the kernels where they apply. ``supported`` says whether they know the asked-for variant.
+    ``backend=None`` takes the kernels where they apply.
 
     Raises:
         ValueError: unknown ``backend``, or ``"cpu"`` for a pursuit that the kernels do not do.
         RuntimeError: ``"cpu"`` where the kernels were not built or the tensors are on another device.
     """
-    applies = supported and isinstance(matrix, ExpanderMatrix) and dtype == torch.float32
+    applies = isinstance(matrix, ExpanderMatrix) and dtype == torch.float32
     if backend == "cpu" and not applies:
         raise ValueError(
-            "backend='cpu' runs pursuits on expander dictionaries in float32, and without the non-negative variants; "
-            "use backend=None for this one"
+            "backend='cpu' runs pursuits on expander dictionaries in float32; use backend=None for this one"
         )
     return resolve_backend(backend, matrix.device) == "cpu" and applies
 
@@ -44,9 +43,10 @@ def omp(
     disjoint: bool,
     tol: float | None,
     signed: bool,
+    nonnegative: bool,
 ) -> dict[str, Any]:
     """See :func:`expander_sae.pursuit.omp`; ``targets (B, m)``, ``matrix`` of unit columns, the ``norms`` they had."""
-    return _run("omp", targets, matrix, norms, k, tol, signed, block, disjoint)
+    return _run("omp", targets, matrix, norms, k, tol, signed, nonnegative, block, disjoint)
 
 
 def matching_pursuit(
@@ -59,9 +59,10 @@ def matching_pursuit(
     refit: bool,
     tol: float | None,
     signed: bool,
+    nonnegative: bool,
 ) -> dict[str, Any]:
     """See :func:`expander_sae.pursuit.matching_pursuit`; incremental. Arguments as :func:`omp`."""
-    return _run("matching_pursuit", targets, matrix, norms, k, tol, signed, reselect, refit)
+    return _run("matching_pursuit", targets, matrix, norms, k, tol, signed, nonnegative, reselect, refit)
 
 
 def _run(
@@ -72,6 +73,7 @@ def _run(
     k: int,
     tol: float | None,
     signed: bool,
+    nonnegative: bool,
     *options: int,
 ) -> dict[str, Any]:
     batch = targets.shape[0]
@@ -83,7 +85,7 @@ def _run(
     outputs = [indices, values, residual_norms, iterations, used]
     pointers = (tensor.data_ptr() for tensor in inputs + outputs)
     sizes = (batch, matrix.d_in, n, d, k)
-    kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed, *options)  # type: ignore[arg-type]
+    kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed or nonnegative, nonnegative, *options)  # type: ignore[arg-type]
     if bool((used < 0).any()):
         bad = int((used < 0).sum())
         raise ValueError(f"{bad} of {batch} samples have entries that are not finite; leave them out first")

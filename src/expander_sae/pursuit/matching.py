@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import Dictionary, Matrix
+from expander_sae.dictionary import DenseMatrix, Dictionary, Matrix
 from expander_sae.pursuit import cpu, selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import nonnegative_support, solve_support
 from expander_sae.pursuit.omp import check_tolerance
-from expander_sae.pursuit.problem import Problem, Solution, run
+from expander_sae.pursuit.problem import WORKING_BYTES, Problem, Solution, run
 
 
 def matching_pursuit(
@@ -64,9 +64,8 @@ def matching_pursuit(
         values, used = final(problem, solution.features, solution.used)
         return solution._replace(values=values, used=used)
 
-    fast = None
-    if not nonnegative:
-        fast = partial(cpu.matching_pursuit, k=k, reselect=reselect, refit=refit, tol=tol, signed=signed)
+    options = {"reselect": reselect, "refit": refit, "tol": tol, "signed": signed, "nonnegative": nonnegative}
+    fast = partial(cpu.matching_pursuit, k=k, **options)
     return run(solve, h, dictionary, k, b_dec, fast=fast, backend=backend)
 
 
@@ -80,10 +79,13 @@ def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool,
     blocked = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=residual.device)
     rounds = torch.zeros_like(features[:, 0])
     live = residual.norm(dim=1) > enough
-    for _ in range(k):
+    gram = _whole_gram(problem)
+    correlations = matrix.correlate(residual)
+    for step in range(k):
         if not bool(live.any()):
             break
-        correlations = matrix.correlate(residual)
+        if step and gram is None:
+            correlations = matrix.correlate(residual)
         score = selection.scores(correlations, blocked, signed, floor)
         strength, feature = selection.best(score, 1)
         live = live & (strength[:, 0] > 0)
@@ -97,9 +99,20 @@ def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool,
         if not reselect:
             blocked.scatter_(1, feature, blocked.gather(1, feature) | fill)
         residual = residual - amount * matrix.columns(feature.squeeze(1))
+        if gram is not None:
+            correlations.addcmul_(amount, gram[feature.squeeze(1)], value=-1)
         rounds += live
         live = live & (residual.norm(dim=1) > enough)
     return Solution(features, values, used, rounds)
+
+
+def _whole_gram(problem: Problem) -> Tensor | None:
+    """``WᵀW`` of a dense matrix where it fits in memory and costs less than correlating anew at every step."""
+    matrix, n = problem.matrix, problem.matrix.d_sae
+    if not isinstance(matrix, DenseMatrix) or problem.batch * problem.k < n:
+        return None
+    fits = n * n * matrix.weight.element_size() <= WORKING_BYTES
+    return matrix.weight @ matrix.weight.T if fits else None
 
 
 def gradient_pursuit(

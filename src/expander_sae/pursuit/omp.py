@@ -49,8 +49,8 @@ def omp(
             which may drop features again; a dropped one may come back.
         signed: select by the largest signed correlation, as the paper's implementation does; coefficients stay free.
         b_dec: ``(m,)``, subtracted from ``h`` first.
-        backend: ``None`` takes the C++ kernels where they apply (an expander dictionary on the CPU, float32, not
-            ``nonnegative``) and PyTorch elsewhere; ``"reference"`` takes PyTorch, ``"cpu"`` the kernels or an error.
+        backend: ``None`` takes the C++ kernels where they apply (an expander dictionary on the CPU, in float32) and
+            PyTorch elsewhere; ``"reference"`` takes PyTorch, ``"cpu"`` the kernels or an error.
 
     Returns:
         The code, features in order of selection; ``iterations`` counts rounds.
@@ -71,7 +71,8 @@ def omp(
             return _nonnegative_omp(problem, block, disjoint, tol)
         return _omp(problem, block, disjoint, tol, signed)
 
-    fast = None if nonnegative else partial(cpu.omp, k=k, block=block, disjoint=disjoint, tol=tol, signed=signed)
+    options = {"k": k, "block": block, "disjoint": disjoint, "tol": tol, "signed": signed, "nonnegative": nonnegative}
+    fast = partial(cpu.omp, **options)
     return run(solve, h, matrix, k, b_dec, fast=fast, backend=backend)
 
 
@@ -119,9 +120,7 @@ def _nonnegative_omp(problem: Problem, block: int, disjoint: bool, tol: float | 
     active = torch.zeros(batch, k, dtype=torch.bool, device=device)
     gram = torch.eye(k, dtype=targets.dtype, device=device).repeat(batch, 1, 1)
     right, x = targets.new_zeros(batch, k), targets.new_zeros(batch, k)
-    stamp = torch.zeros(
-        batch, k, dtype=torch.int64, device=device
-    )  # when a slot was filled, for the order of the result
+    stamp = torch.zeros(batch, k, dtype=torch.int64, device=device)  # when a slot was filled: the order of the code
     futile = torch.zeros(batch, matrix.d_sae, dtype=torch.bool, device=device)
     residual = targets
     rounds = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -130,7 +129,7 @@ def _nonnegative_omp(problem: Problem, block: int, disjoint: bool, tol: float | 
     clock = 0
     # Every step lowers the residual over a new support, so this ends; Lawson & Hanson cap it at 3k like everyone after.
     for _ in range(3 * k):
-        blocked = futile.scatter(1, features, futile.gather(1, features) | active) if k else futile
+        blocked = futile.scatter(1, features, futile.gather(1, features) | active)
         score = selection.scores(matrix.correlate(residual), blocked, True, floor)
         strength, chosen = _candidates(problem, score, block, disjoint)
         live = live & (strength[:, 0] > 0)
@@ -203,10 +202,11 @@ def _ols(problem: Problem, tol: float | None) -> Solution:
         after = active.residual()
         # The residual moved along the new orthonormal direction, by construction.
         moved = residual - after
-        direction = moved / moved.norm(dim=1, keepdim=True).clamp_min(torch.finfo(targets.dtype).tiny)
-        distance = torch.where(accepted.unsqueeze(1), distance - matrix.correlate(direction).square(), distance)
+        length = moved.norm(dim=1, keepdim=True)
+        turned = matrix.correlate(moved / length.clamp_min(torch.finfo(targets.dtype).tiny))
+        distance = torch.where(accepted.unsqueeze(1), distance - turned.square(), distance)
+        correlations = correlations - length * turned
         residual = after
-        correlations = matrix.correlate(residual)
         rounds += live
         live = live & (active.count < problem.k) & (residual.norm(dim=1) > enough)
     return Solution(active.features, active.refined(), active.used, rounds)

@@ -73,7 +73,8 @@ class Problem:
 
 def as_matrix(dictionary: Matrix | Dictionary) -> Matrix:
     """The map of a dictionary, held still and outside the autograd graph."""
-    matrix = dictionary.matrix() if isinstance(dictionary, Dictionary) else dictionary
+    with torch.no_grad():
+        matrix = dictionary.matrix() if isinstance(dictionary, Dictionary) else dictionary
     return matrix.detach()
 
 
@@ -138,11 +139,8 @@ def run(
             flat = flat - b_dec.detach().to(wide)
         if flat.shape[0] == 0:
             return _nothing(h, k, wide)
-        if (
-            cpu.chosen(backend, unit, wide, supported=fast is not None)
-            and fast is not None
-            and isinstance(unit, ExpanderMatrix)
-        ):
+        if fast is not None and cpu.chosen(backend, unit, wide):
+            assert isinstance(unit, ExpanderMatrix)
             result = fast(flat, unit, norms)  # which refuses samples that are not finite itself
             result["values"] = result["values"].to(h.dtype)
             return PursuitCode(**result).reshape(*h.shape[:-1])
@@ -174,7 +172,7 @@ def _finish(
     solver: Callable[[Problem], Solution], unit: Matrix, norms: Tensor, part: Tensor, k: int, first: int
 ) -> dict[str, Any]:
     exponent = torch.frexp(part.abs().amax(dim=1, keepdim=True)).exponent
-    problem = Problem(unit, torch.ldexp(part, -exponent), k, first)
+    problem = Problem(unit, _shift(part, -exponent), k, first)
     features, values, used, rounds = solver(problem)
     # Used slots first, in the order of selection.
     order = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
@@ -184,11 +182,17 @@ def _finish(
     residual = problem.residual(features, values).norm(dim=1)
     return {
         "indices": features.to(torch.int32),
-        "values": torch.ldexp(values, exponent) / norms[features],
-        "residual_norms": torch.ldexp(residual, exponent.squeeze(1)),
+        "values": _shift(values, exponent) / norms[features],
+        "residual_norms": _shift(residual, exponent.squeeze(1)),
         "iterations": rounds.to(torch.int32),
         "stopped_early": ~used.all(dim=1),
     }
+
+
+def _shift(x: Tensor, exponent: Tensor) -> Tensor:
+    """``x · 2^exponent``, in two steps, because the power itself may leave the type's range."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)
 
 
 def check(h: Tensor, matrix: Matrix, k: int, b_dec: Tensor | None) -> None:

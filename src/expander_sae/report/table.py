@@ -27,6 +27,16 @@ def number(key: str, spec: str) -> Callable[[Row], str]:
     return lambda row: "–" if row.get(key) is None else format(row[key], spec)
 
 
+def spread(key: str, spec: str) -> Callable[[Row], str]:
+    """Show ``row[key] ± row[key_sd]``; without a deviation the figure alone."""
+
+    def show(row: Row) -> str:
+        figure = number(key, spec)(row)
+        return figure if row.get(f"{key}_sd") is None else f"{figure} ± {format(row[f'{key}_sd'], spec)}"
+
+    return show
+
+
 EVALUATION_COLUMNS = (
     Column("SAE", lambda row: str(row["name"])),
     Column("values", number("num_values", ",")),

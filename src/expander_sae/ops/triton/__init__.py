@@ -1,7 +1,7 @@
 """The hot operations in Triton, for CUDA. Same functions, same meaning as :mod:`expander_sae.ops.reference`.
 
-Tested under ``TRITON_INTERPRET=1`` on CPU tensors and compiled for sm_90; **not measured on hardware yet**: the sizes of
-tiles come from counted bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
+Tested under ``TRITON_INTERPRET=1`` on CPU tensors and compiled for sm_90; **not measured on hardware yet**: the sizes
+of tiles come from counted bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
 
 Results are the same bits run after run: no sum depends on the order in which programs finish. float64, empty tensors
 and ``k`` above 1024 in ``encode_topk`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct

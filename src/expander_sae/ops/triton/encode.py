@@ -5,8 +5,8 @@
    ``1.15·k·stride`` scores reach it, whatever their distribution (if features come in no periodic order).
 2. *Collect*: score all features; what reaches the bound goes into its sample's list of candidates. Places in the list
    are given out by an atomic counter, in any order.
-3. *Select*: sort the list by 64-bit keys that order by score, then by lower index. Keys are distinct, so the result does
-   not depend on the order they came in.
+3. *Select*: sort the list by 64-bit keys that order by score, then by lower index. Keys are distinct, so the result
+   does not depend on the order they came in.
 4. *Overflow*: a sample with more candidates than room (thousands of equal scores, say) is done over by a running top-k
    through all features: slow, exact, and decided on the GPU, so that the processor never waits for a count.
 """

@@ -1,9 +1,9 @@
 """Scores of a tile of samples against a block of features: the inner loop of encode and correlate.
 
-A tile holds ``SB`` samples, transposed to ``(m, SB)``: the ``SB`` numbers that one mask entry gathers are neighbours, so
-a gather is a cache line or two, or half a one, and the whole tile (at most ``TILE_BYTES`` up to ``m`` of 5120 in 16 bits)
-stays in the L1 cache while the dictionary streams by. The dictionary is repacked as ``(d, n)`` words that hold row and value together: one load instead
-of two, 4 bytes an entry when values have 16 bits and ``m`` at most 65536, else 8.
+A tile holds ``SB`` samples, transposed to ``(m, SB)``: the ``SB`` numbers that one mask entry gathers are neighbours,
+at most a cache line or two, and the whole tile (``TILE_BYTES`` at most, while ``m`` is below 5120 in 16 bits, 2560 in
+32) stays in the L1 cache while the dictionary streams by. The dictionary is repacked as ``(d, n)`` words that hold row
+and value together: one load instead of two, of 4 bytes when values have 16 bits and ``m`` is at most 65536, else 8.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false

@@ -1,0 +1,62 @@
+"""What the experiments on the embedded model share: its activations, its SAEs, figures over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expander_sae import lm as language
+from expander_sae.experiments.demo import LAYER, WINDOW, train_arm
+from expander_sae.files import cache_dir
+from expander_sae.recipe import resolve
+from expander_sae.sae import SAE
+from expander_sae.store import MANIFEST, ActivationStore
+
+PRESET = language.PRESETS[language.EMBEDDED]
+
+
+def activations(tokens: int, split: language.Split = "train") -> ActivationStore:
+    """The store of ``tokens`` rows of the embedded model; harvested once, and for the training split the demo's own.
+
+    The language model is loaded only if the store is not there.
+    """
+    tail = "" if split == "train" else f"-{split}"
+
+    def folder(dtype: str) -> Path:
+        return cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{tokens}{tail}-{dtype}"
+
+    for dtype in ("bfloat16", "float32"):
+        if (folder(dtype) / MANIFEST).exists():
+            store = ActivationStore.open(folder(dtype), allow_incomplete=True)
+            if store.manifest.complete:
+                return store
+    lm = language.load_model(language.EMBEDDED)
+    dtype = str(lm.dtype).removeprefix("torch.")
+    return language.harvest(lm, language.EMBEDDED, LAYER, tokens, folder(dtype), split=split, window=WINDOW)
+
+
+def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
+    """The SAE ``name``, trained into ``out/name`` or taken from there."""
+    return train_arm(name, resolve(settings), store, out / name)
+
+
+def over_seeds(rows: Iterable[Mapping[str, Any]], same: Sequence[str], figures: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for all that agree in the columns ``same``: mean and sample deviation (``..._sd``) of the ``figures``.
+
+    A deviation of a single run is ``None``. Other columns are those of the first run.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in same), []).append(row)
+    merged = []
+    for members in groups.values():
+        joined: dict[str, Any] = {key: value for key, value in members[0].items() if key != "seed"}
+        joined["runs"] = len(members)
+        for figure in figures:
+            found = [member[figure] for member in members if member.get(figure) is not None]
+            joined[figure] = statistics.fmean(found) if found else None
+            joined[f"{figure}_sd"] = statistics.stdev(found) if len(found) > 1 else None
+        merged.append(joined)
+    return merged

@@ -1,0 +1,67 @@
+"""The plain training case in one pass: a tied TopK autoencoder under the mean squared error."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expander_sae.ops import cpu, library
+from expander_sae.ops.code import SparseCode
+
+
+class TiedError(NamedTuple):
+    """What :func:`tied_error` returns. Gradients flow through ``error`` alone."""
+
+    error: Tensor
+    """``mean_b ‖h - ĥ‖²``, a scalar."""
+    residual: Tensor
+    """``h - ĥ``, ``(B, m)``, outside the graph."""
+    code: SparseCode
+    """The code, outside the graph."""
+
+
+class _Fused(torch.autograd.Function):
+    """The kernel finds all gradients on the way forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, b_enc: Tensor, b_dec: Tensor, h: Tensor, rows: Tensor, k: int, relu: bool):
+        step = cpu.train_step(h, rows, values, b_enc, b_dec, k, relu)
+        ctx.save_for_backward(step.grad_values, step.grad_b_enc, step.grad_b_dec)
+        ctx.mark_non_differentiable(step.residual, step.indices, step.code)
+        return step.errors.mean(), step.residual, step.indices, step.code
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None
+
+
+def tied_error(
+    h: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    *,
+    relu: bool = False,
+    backend: str | None = None,
+) -> TiedError:
+    """``mean_b ‖h - Wx - b_dec‖²`` with ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, and its gradient by ``values`` and biases.
+
+    ``h (B, m)`` is data: no gradient reaches it. On the C++ backend everything is one call that writes nothing of size
+    ``(B, m)`` but the residual; elsewhere the operators of :mod:`expander_sae.ops.library` are composed.
+
+    Raises:
+        ValueError: shapes that do not fit, ``k`` outside ``[1, n]``, an empty batch.
+    """
+    h = h.detach()
+    if library.resolve_backend(backend, h.device) == "cpu":
+        error, residual, indices, code = _Fused.apply(values, b_enc, b_dec, h, rows, k, relu)  # type: ignore[misc]
+        return TiedError(error, residual, SparseCode(indices, code))
+    chosen = backend or ""
+    indices, code = library.encode_topk(h - b_dec, rows, values, b_enc, k, relu, False, chosen)
+    residual = h - library.decode(indices, code, rows, values, h.shape[1], chosen) - b_dec
+    return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), SparseCode(indices, code.detach()))
