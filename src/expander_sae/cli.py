@@ -311,13 +311,13 @@ def reproduce_dictionary_update(
 
 
 @app.command(
-    epilog="Example: [bold]expander-sae phase-transition --solver omp --set block=4 --values gaussian --out runs/map[/bold]"
+    epilog="Example: [bold]expander-sae phase-transition --solver omp --set block=4 --quick --out runs/map[/bold]"
 )
 def phase_transition(
     out: Annotated[Path, typer.Option(help="Folder for map.csv, map.png and the fitted transitions.")],
     solver: Annotated[str, typer.Option(help="A pursuit, such as `omp`, `matching-pursuit`, `parallel-l0`.")] = "omp",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the solver, name=value; repeatable.")] = None,
-    mask: Annotated[str, typer.Option(help="A kind of mask, such as `left-regular`, or `dense` for none.")] = "left-regular",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Option of the solver, name=value; repeatable.")] = None,
+    mask: Annotated[str, typer.Option(help="Kind of mask, as `left-regular`; `dense` is none.")] = "left-regular",
     degree: Annotated[int, typer.Option(help="Rows a column uses.")] = 7,
     values: Annotated[str, typer.Option(help="`flat` (random signs), `gaussian` or `binary` (all equal).")] = "flat",
     coefficients: Annotated[str, typer.Option(help="Of the planted code: `gaussian` or `signs`.")] = "gaussian",
@@ -337,9 +337,9 @@ def phase_transition(
     from expander_sae.recipe import parse_settings
 
     config = experiment.PhaseConfig(
-        solver=solver, options=parse_settings(set_ or []), mask=mask, degree=degree, values=values, coefficients=coefficients,
-        n=n, deltas=experiment.steps_to(max_delta, 10), rhos=experiment.steps_to(max_rho, 20), trials=trials,
-        noise=noise, seed=seed,
+        solver=solver, options=parse_settings(set_ or []), mask=mask, degree=degree, values=values,
+        coefficients=coefficients, n=n, deltas=experiment.steps_to(max_delta, 10),
+        rhos=experiment.steps_to(max_rho, 20), trials=trials, noise=noise, seed=seed,
     )  # fmt: skip
     experiment.run_phase_transition(out, experiment.quick(config) if quick else config)
 

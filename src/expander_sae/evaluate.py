@@ -101,15 +101,12 @@ def reconstruction(sae: SAE, source: ActivationSource) -> Reconstruction:
     return meter.result()
 
 
-def ce_recovered(ce_clean: float, ce_zero: float, ce_recon: float) -> float:
+def ce_recovered(ce_clean: float, ce_zero: float, ce_recon: float) -> float | None:
     """``(CE_zero - CE_recon) / (CE_zero - CE_clean)``: 1 is as good as untouched, 0 as bad as zeros.
 
-    Raises:
-        ValueError: zero ablation does not raise the cross-entropy, so the ratio says nothing.
+    ``None`` where zero ablation does not raise the cross-entropy: the ratio would say nothing.
     """
-    if not ce_zero > ce_clean:
-        raise ValueError(f"zero ablation gives CE {ce_zero:.3f}, not above the clean {ce_clean:.3f}: CE recovered is undefined")
-    return (ce_zero - ce_recon) / (ce_zero - ce_clean)
+    return (ce_zero - ce_recon) / (ce_zero - ce_clean) if ce_zero > ce_clean else None
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class InModel:
     ce_clean: float
     ce_zero: float
     ce_recon: float
-    ce_recovered: float
+    ce_recovered: float | None
     replaced: Replaced
     predictions: int
     seconds: float

@@ -224,6 +224,38 @@ def test_memory_cap_changes_nothing(matrix: Matrix, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(code.values, expected.values)
 
 
+def certified_sparsity(matrix: Matrix) -> int:
+    """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``, below which OMP recovers every code (Tropp 2004; THEORY B.3)."""
+    columns = matrix.to_dense()
+    gram = (columns.T @ columns).abs().fill_diagonal_(0)
+    cumulative = gram.sort(dim=1, descending=True).values.cumsum(dim=1).amax(dim=0)
+    babel = torch.cat([cumulative.new_zeros(1), cumulative])
+    return int((babel[1:] + babel[:-1] < 1).sum())
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_recovers_every_code_in_the_certified_region(backend: str | None) -> None:
+    flat = expander(512, 96, 16, dtype=torch.float32)
+    matrix = ExpanderMatrix(flat.rows, torch.full_like(flat.values, 0.25), 512)
+    k = certified_sparsity(matrix)
+    assert k >= 3
+    generator = torch.Generator().manual_seed(0)
+    support = torch.rand(300, 96, generator=generator).argsort(dim=1)[:, :k]
+    size = 10 ** (3 * torch.rand(300, k, generator=generator) - 1.5)  # three decades of coefficients
+    x = torch.zeros(300, 96).scatter(1, support, size * torch.randn(300, k, generator=generator).sign())
+    code = omp(x @ matrix.to_dense().T, matrix, k, backend=backend)
+    torch.testing.assert_close(code.to_dense(96), x, atol=0, rtol=1e-3)
+
+
+def test_a_smaller_coefficient_on_an_earlier_column_is_found_second(matrix: Matrix) -> None:
+    # scikit-learn's check for swapped regressors.
+    x = torch.zeros(1, N, dtype=torch.float64)
+    x[0, 21], x[0, 0] = 1.0, 0.5
+    code = omp(x @ matrix.to_dense().T, matrix, 2)
+    assert code.indices.tolist() == [[21, 0]]
+    torch.testing.assert_close(code.to_dense(N), x)
+
+
 # Degenerate inputs; in float32 the expander cases run through the C++ kernels.
 
 DTYPES = [torch.float64, torch.float32]

@@ -177,12 +177,14 @@ def describe(config: PhaseConfig) -> str:
 def recovery_errors(config: PhaseConfig, m: int, k: int) -> list[float]:
     """Relative errors ``‖x̂ - x‖ / ‖x‖`` of ``config.trials`` planted codes, rounded to 4 digits."""
     errors: list[float] = []
-    run = solver(config.solver)
+    run, options = solver(config.solver), dict(config.options)
+    if "block" in options:  # a code of one feature has no blocks of four
+        options["block"] = min(options["block"], k)
     for draw in range(config.draws):
         count = config.trials // config.draws + (draw < config.trials % config.draws)
         seed = int(np.random.SeedSequence([config.seed, m, k, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         matrix, code, h = planted(config, m, k, count, seed)
-        found = run(h, matrix, k, **config.options).to_dense(config.n)
+        found = run(h, matrix, k, **options).to_dense(config.n)
         truth = code.to_dense(config.n)
         errors += ((found - truth).norm(dim=1) / truth.norm(dim=1)).tolist()
     # A solver that ran away is no better than one that found nothing, and infinity is no JSON.
