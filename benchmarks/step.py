@@ -109,7 +109,6 @@ def loop_step(sae: SAE, h: Tensor) -> Callable[[], float]:
 
     def step() -> float:
         loop.step(0)
-        loop.fvu_parts.clear()
         return float(loop.losses.pop())
 
     return step

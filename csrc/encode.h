@@ -197,37 +197,41 @@ class TileEncoder {
     return static_cast<int>(std::ceil(kBlock * (1.0 - std::pow(1.0 - tail, group))));
   }
 
-  EXPANDER_INLINE void score(int64_t feature, VF (&acc)[kVectors]) const {
-    const auto* bias = static_cast<const float*>(a_.b_enc);
-    scores<kVectors>(
-        tile_, a_.rows + feature * a_.d, static_cast<const float*>(a_.values) + feature * a_.d, a_.d,
-        bias != nullptr ? bias[feature] : 0.0f, acc);
+  // The scores of `size` features from `start` on, feature f at z + f * kWidth; each is handed to then(f, scores).
+  // Everything the loop needs is held in locals: the compiler cannot know that the stores leave the members alone.
+  template <class Then>
+  EXPANDER_INLINE void score_block(int64_t start, int size, float* z, Then then) const {
+    const int64_t d = a_.d;
+    const float* const tile = tile_;
+    const int32_t* rows = a_.rows + start * d;
+    const float* values = static_cast<const float*>(a_.values) + start * d;
+    const float* const bias = a_.b_enc != nullptr ? static_cast<const float*>(a_.b_enc) + start : nullptr;
+    for (int f = 0; f < size; ++f, rows += d, values += d, z += kWidth) {
+      VF acc[kVectors];
+      scores<kVectors>(tile, rows, values, d, bias != nullptr ? bias[f] : 0.0f, acc);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, acc[v]);
+      then(f, acc);
+    }
   }
 
   // All scores of a block, for the first estimate; a short block is filled up with scores that rank last.
   void store_block(int64_t start, float* z) {
     const int size = block_size(start);
-    for (int f = 0; f < size; ++f) {
-      VF acc[kVectors];
-      score(start + f, acc);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) store(z + f * kWidth + v * kLanes, acc[v]);
-    }
+    score_block(start, size, z, [](int, VF(&)[kVectors]) {});
     for (int i = size * kWidth; i < kBlock * kWidth; ++i) z[i] = kMagnitude ? 0.0f : -INFINITY;
   }
 
-  void append_block(int64_t start) {
+  __attribute__((noinline)) void append_block(int64_t start) {
     VF threshold[kVectors];
     for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
-    const int size = block_size(start);
-    int passed = 0;
-    for (int f = 0; f < size; ++f) {
-      VF acc[kVectors];
-      score(start + f, acc);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) store(block_ + f * kWidth + v * kLanes, acc[v]);
-      passed = pass(acc, threshold, f, passed);
-    }
+    uint8_t* const lane = passed_lane_;
+    uint8_t* const feature = passed_feature_;
+    const uint64_t lanes = lanes_;
+    int64_t passed = 0;
+    score_block(start, block_size(start), block_, [&](int f, VF(&acc)[kVectors]) {
+      passed += pass(acc, threshold, lanes, f, lane + passed, feature + passed);
+    });
     collect(start, block_, passed);
   }
 
@@ -235,58 +239,58 @@ class TileEncoder {
     VF threshold[kVectors];
     for (int v = 0; v < kVectors; ++v) threshold[v] = load(threshold_ + v * kLanes);
     const int size = block_size(start);
-    int passed = 0;
+    int64_t passed = 0;
     for (int f = 0; f < size; ++f) {
       VF acc[kVectors];
       for (int v = 0; v < kVectors; ++v) acc[v] = load(z + f * kWidth + v * kLanes);
-      passed = pass(acc, threshold, f, passed);
+      passed += pass(acc, threshold, lanes_, f, passed_lane_ + passed, passed_feature_ + passed);
     }
     collect(start, z, passed);
   }
 
   // Notes the lanes of feature f at or above their threshold, if possible without a branch: whether a score passes cannot
-  // be predicted, and a misprediction also stops the loads that run ahead.
-  EXPANDER_INLINE int pass(VF (&acc)[kVectors], const VF (&threshold)[kVectors], int f, int passed) {
+  // be predicted, and a misprediction also stops the loads that run ahead. Returns how many there are.
+  static EXPANDER_INLINE int64_t pass(
+      VF (&acc)[kVectors], const VF (&threshold)[kVectors], uint64_t lanes, int f, uint8_t* to_lane, uint8_t* to_feature) {
     if constexpr (kMagnitude) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) acc[v] = absolute(acc[v]);
     }
-    uint64_t mask = not_less(acc, threshold) & lanes_;  // a lane without a sample collects nothing
+    uint64_t mask = not_less(acc, threshold) & lanes;  // a lane without a sample collects nothing
+    const int count = popcount(mask);
 #if defined(EXPANDER_AVX512)
-    const __m512i lanes = _mm512_load_si512(kLaneNumbers);
-    _mm512_storeu_si512(passed_lane_ + passed, _mm512_maskz_compress_epi8(mask, lanes));
-    _mm512_storeu_si512(passed_feature_ + passed, _mm512_set1_epi8(static_cast<char>(f)));
-    return passed + popcount(mask);
+    const __m512i numbers = _mm512_load_si512(kLaneNumbers);
+    _mm512_storeu_si512(to_lane, _mm512_maskz_compress_epi8(mask, numbers));
+    _mm512_storeu_si512(to_feature, _mm512_set1_epi8(static_cast<char>(f)));
 #else
-    for (; mask != 0; mask &= mask - 1, ++passed) {
-      passed_lane_[passed] = static_cast<uint8_t>(__builtin_ctzll(mask));
-      passed_feature_[passed] = static_cast<uint8_t>(f);
+    for (; mask != 0; mask &= mask - 1) {
+      *to_lane++ = static_cast<uint8_t>(__builtin_ctzll(mask));
+      *to_feature++ = static_cast<uint8_t>(f);
     }
-    return passed;
 #endif
+    return count;
   }
 
   // Moves the candidates of a block, whose scores are still near, to the stream.
-  EXPANDER_INLINE void collect(int64_t start, const float* z, int passed) {
-    // Byte stores may alias anything, members included: locals keep the compiler from reloading those.
+  EXPANDER_INLINE void collect(int64_t start, const float* z, int64_t passed) {
     const uint32_t first_tag = tag_of(static_cast<int32_t>(start));
     const uint8_t* __restrict lane = passed_lane_;
     const uint8_t* __restrict feature = passed_feature_;
     float* __restrict to_z = stream_z_ + stream_size_;
     int32_t* __restrict to_tag = stream_tag_ + stream_size_;
     uint8_t* __restrict to_lane = stream_lane_ + stream_size_;
-    for (int i = 0; i < passed; ++i) {
-      const int l = lane[i], f = feature[i];
+    for (int64_t i = 0; i < passed; ++i) {
+      const uint32_t l = lane[i], f = feature[i];
       to_z[i] = z[f * kWidth + l];
-      to_tag[i] = static_cast<int32_t>(first_tag - 2 * static_cast<uint32_t>(f));
+      to_tag[i] = static_cast<int32_t>(first_tag - 2 * f);
       to_lane[i] = static_cast<uint8_t>(l);
     }
-    stream_size_ += passed;
+    stream_size_ += static_cast<int>(passed);
     if (stream_size_ >= kStream) distribute();
   }
 
   // Moves the stream to the lists of its lanes.
-  void distribute() {
+  __attribute__((noinline)) void distribute() {
     int32_t* const score = reinterpret_cast<int32_t*>(stream_z_);
     for (int i = 0; i < stream_size_; i += kLanes) {
       const VF z = load(stream_z_ + i);

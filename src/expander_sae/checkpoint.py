@@ -51,7 +51,9 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             identity, numbers = json.loads(header["identity"]), json.loads(header["numbers"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"the checkpoint {self.path} cannot be read ({error}); delete it to start afresh") from None
+            raise ValueError(
+                f"the checkpoint {self.path} cannot be read ({error}); delete it to start afresh"
+            ) from None
         different = _differences(identity, self.identity)
         if different:
             raise ValueError(
@@ -64,5 +66,7 @@ class Checkpoint:
 def _differences(saved: Any, asked: Any, name: str = "") -> list[str]:
     if isinstance(saved, dict) and isinstance(asked, dict):
         keys = sorted(saved.keys() | asked.keys())
-        return [line for key in keys for line in _differences(saved.get(key), asked.get(key), f"{name}.{key}".lstrip("."))]
+        return [
+            line for key in keys for line in _differences(saved.get(key), asked.get(key), f"{name}.{key}".lstrip("."))
+        ]
     return [] if saved == asked else [f"{name} was {saved!r} and is {asked!r}"]

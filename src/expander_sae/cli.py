@@ -324,6 +324,7 @@ def phase_transition(
     n: Annotated[int, typer.Option(help="Columns.")] = 1024,
     trials: Annotated[int, typer.Option(help="Problems a cell.")] = 48,
     noise: Annotated[float, typer.Option(help="Norm of the noise as a fraction of the signal's.")] = 0.0,
+    tolerance: Annotated[float | None, typer.Option(help="Relative error of a recovered code; default .001.")] = None,
     max_delta: Annotated[float, typer.Option(help="Largest m / n of the map.")] = 0.5,
     max_rho: Annotated[float, typer.Option(help="Largest k / m of the map.")] = 0.6,
     seed: Annotated[int, typer.Option(help="Seed of masks, values, codes and noise.")] = 0,
@@ -339,7 +340,8 @@ def phase_transition(
     config = experiment.PhaseConfig(
         solver=solver, options=parse_settings(set_ or []), mask=mask, degree=degree, values=values,
         coefficients=coefficients, n=n, deltas=experiment.steps_to(max_delta, 10),
-        rhos=experiment.steps_to(max_rho, 20), trials=trials, noise=noise, seed=seed,
+        rhos=experiment.steps_to(max_rho, 20), trials=trials, noise=noise, tolerance=tolerance,
+        seed=seed,
     )  # fmt: skip
     experiment.run_phase_transition(out, experiment.quick(config) if quick else config)
 

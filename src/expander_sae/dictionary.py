@@ -22,7 +22,7 @@ _SMALLEST_NORM = 1e-12  # a zero column stays zero instead of turning into NaN
 
 
 class Matrix(Protocol):
-    """``W`` of shape ``(m, n)`` = ``(d_in, d_sae)``, held still. Differentiable in its tensors. ``B`` is any batch shape."""
+    """``W`` of shape ``(m, n)`` = ``(d_in, d_sae)``, held still; differentiable. ``B`` is any batch shape."""
 
     @property
     def d_in(self) -> int: ...
@@ -37,7 +37,9 @@ class Matrix(Protocol):
         """``Wᵀh``: ``(B, m)`` to ``(B, n)``."""
         ...
 
-    def topk(self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False) -> SparseCode:
+    def topk(
+        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
+    ) -> SparseCode:
         """The ``k`` largest entries of ``Wᵀh + b_enc``; ties to the lower index."""
         ...
 
@@ -97,7 +99,9 @@ class ExpanderMatrix:
     def correlate(self, h: Tensor) -> Tensor:
         return ops.correlate(h, self.rows, self.values, m=self.d_in)
 
-    def topk(self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False) -> SparseCode:
+    def topk(
+        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
+    ) -> SparseCode:
         return ops.encode_topk(h, self.rows, self.values, b_enc, k, relu=relu, magnitude=magnitude, m=self.d_in)
 
     def decode(self, code: SparseCode) -> Tensor:
@@ -152,10 +156,14 @@ class DenseMatrix:
     def correlate(self, h: Tensor) -> Tensor:
         return F.linear(self._fitting(h), self.weight)
 
-    def topk(self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False) -> SparseCode:
+    def topk(
+        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
+    ) -> SparseCode:
         if not 1 <= k <= self.d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {k}")
-        indices, values = dense.encode_topk(self._fitting(h).reshape(-1, self.d_in), self.weight, b_enc, k, relu, magnitude)
+        indices, values = dense.encode_topk(
+            self._fitting(h).reshape(-1, self.d_in), self.weight, b_enc, k, relu, magnitude
+        )
         return SparseCode(indices, values).reshape(*h.shape[:-1])
 
     def decode(self, code: SparseCode) -> Tensor:

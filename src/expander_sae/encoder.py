@@ -1,4 +1,4 @@
-"""Encoders: how activations become a sparse code. They see a :class:`~expander_sae.dictionary.Matrix` and centred input."""
+"""Encoders: how centred activations become a sparse code on a :class:`~expander_sae.dictionary.Matrix`."""
 
 from __future__ import annotations
 
@@ -129,14 +129,16 @@ class PursuitEncoder(Encoder):
         return pursuit.solver(self.kind)(centred, matrix.detach(), self.k, **self.options)
 
     def code_among(self, features: Tensor, matrix: Matrix, centred: Tensor, k: int) -> SparseCode:
-        raise ValueError("AuxK ranks dead features by an encoder's scores; a pursuit has none: set aux_k=0 and resample instead")
+        raise ValueError(
+            "AuxK ranks dead features by an encoder's scores; a pursuit has none: set aux_k=0 and resample instead"
+        )
 
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "sparsity": "pursuit", "k": self.k, "options": self.options}
 
 
 class UnrolledPursuit(PursuitEncoder):
-    """MP-SAE's encoder (arXiv 2506.03093): matching pursuit on the decoder's columns, with gradients through its rounds.
+    """MP-SAE's encoder (arXiv 2506.03093): matching pursuit with gradients through its rounds.
 
     The coefficients are those of the pursuit without a refit, and the gradient of the loss in them reaches the
     dictionary and ``b_dec`` beside the decoder's. See :mod:`expander_sae.unrolled`.

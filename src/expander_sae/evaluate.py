@@ -28,7 +28,7 @@ class Reconstruction:
 
     Attributes:
         relative_error: mean over samples of ``‖h - ĥ‖ / ‖h‖`` (uncentred; zero vectors are left out of the mean).
-        fvu: ``Σ‖h - ĥ‖² / Σ‖h - h̄‖²`` with ``h̄`` the mean over the whole set: the mean predictor scores 1, perfection 0.
+        fvu: ``Σ‖h - ĥ‖² / Σ‖h - h̄‖²`` with ``h̄`` the mean over the whole set: mean predictor 1, perfection 0.
         l0: mean number of nonzero coefficients a sample.
         silent: features that fired (nonzero) for none of the ``tokens``; with few tokens far more than are dead.
         tokens: ``N``.
@@ -78,7 +78,9 @@ class ReconstructionMeter:
             raise ValueError("no activations to evaluate")
         variance = self.second - float(self.first.square().sum()) / self.tokens
         if variance <= 0:
-            raise ValueError(f"all {self.tokens} activations are equal: the fraction of variance unexplained is undefined")
+            raise ValueError(
+                f"all {self.tokens} activations are equal: the fraction of variance unexplained is undefined"
+            )
         return Reconstruction(
             relative_error=self.relative / max(1, self.nonzero_rows),
             fvu=self.error / variance,
@@ -228,7 +230,9 @@ def evaluation_rows(
     rows = []
     for name, sae in saes.items():
         best = results[f"{name} (OMP)"].to_dict()
-        under_omp = {f"omp_{key}": best[key] for key in ("relative_error", "fvu", "ce_recon", "ce_recovered", "seconds")}
+        under_omp = {
+            f"omp_{key}": best[key] for key in ("relative_error", "fvu", "ce_recon", "ce_recovered", "seconds")
+        }
         training = sae.metadata.get("training") or {}
         facts = {
             "name": name,

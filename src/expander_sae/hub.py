@@ -41,7 +41,7 @@ def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path:
         raise HubError(f"there is no folder {folder_or_id}, and that is not a Hub id of the form owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise HubError(
-            f"there is no folder {folder_or_id}, and the Hugging Face Hub could not be reached to look for a repository "
+            f"there is no folder {folder_or_id}, and the Hugging Face Hub could not be reached to look for one "
             f"of that name ({type(error).__name__}). Check the path, or the network and HF_HUB_OFFLINE."
         ) from None
     except RepositoryNotFoundError:
@@ -70,7 +70,7 @@ def publish(folder: str | Path, repo_id: str, *, private: bool = False, token: s
             api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload Expander SAE")
     except Exception as error:  # as above
         raise HubError(
-            f"could not publish {repo_id}: {error}. Log in with `hf auth login` (a token with write access), check the network."
+            f"could not publish {repo_id}: {error}. Log in with `hf auth login` (with write access), check the network."
         ) from error
     return str(address)
 
@@ -97,7 +97,10 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     for title, section in (("Trained on", config.get("trained_on")), ("Metrics", config.get("metrics"))):
         if section:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {name} | {value if isinstance(value, str) else json.dumps(value)} |" for name, value in section.items()]
+            lines += [
+                f"| {name} | {value if isinstance(value, str) else json.dumps(value)} |"
+                for name, value in section.items()
+            ]
     lines += ["", "```python", "from expander_sae import SAE", "", f'sae = SAE.from_pretrained("{repo_id}")']
     lines += ["code = sae.encode(activations)  # code.indices, code.values: (..., k)", "```", ""]
     return "\n".join(lines)

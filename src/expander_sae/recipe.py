@@ -47,7 +47,9 @@ class SAEConfig:
         elif self.encoder in PURSUITS:
             check_pursuit(self.encoder, self.encoder_options)
         else:
-            raise ValueError(f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(PURSUITS)}), got {self.encoder!r}")
+            raise ValueError(
+                f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(PURSUITS)}), got {self.encoder!r}"
+            )
 
     def build(self, d_in: int) -> SAE:
         """The untrained SAE. Raises ``ValueError`` for sizes that do not fit."""
@@ -119,7 +121,9 @@ def resolve(*layers: Mapping[str, Any], default_preset: str = "modern") -> Recip
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(FIELDS))}")
     values = PRESETS[preset] | {name: _fit(name, value) for name, value in merged.items()}
-    sections = [section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in _SECTIONS]
+    sections = [
+        section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in _SECTIONS
+    ]
     return Recipe(preset, *sections)  # type: ignore[arg-type]
 
 

@@ -103,7 +103,7 @@ class SAE(nn.Module):
         return sae_folder.tensor_bytes(self._stored_tensors())
 
     def with_encoder(self, solver: str, *, k: int | None = None, **options: Any) -> SAE:
-        """The same dictionary and ``b_dec`` (shared, not copied) read by a pursuit: ``sae.with_encoder("omp", block=8)``.
+        """The same dictionary and ``b_dec`` (shared) read by a pursuit, as in ``with_encoder("omp", block=8)``.
 
         Args:
             solver: a name of :data:`expander_sae.pursuit.SOLVERS`, or ``"mp-unrolled"``.
@@ -151,9 +151,7 @@ class SAE(nn.Module):
         """
         matrix, encoder = self.dictionary.matrix(), self.encoder
         if isinstance(matrix, ExpanderMatrix) and isinstance(encoder, TopKEncoder) and encoder.own is None:
-            return tied_error(
-                h, matrix.rows, matrix.values, encoder.b_enc, self.b_dec, encoder.k, relu=encoder.relu
-            )
+            return tied_error(h, matrix.rows, matrix.values, encoder.b_enc, self.b_dec, encoder.k, relu=encoder.relu)
         code = encoder(matrix, h - self.b_dec)
         residual = h - matrix.decode(code) - self.b_dec
         return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code.detach())
@@ -235,7 +233,9 @@ class SAE(nn.Module):
         if not h.is_floating_point():
             raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
         if h.dim() == 0 or h.shape[-1] != self.d_in:
-            raise ValueError(f"activations have shape {tuple(h.shape)}; this SAE reads vectors of width d_in = {self.d_in}")
+            raise ValueError(
+                f"activations have shape {tuple(h.shape)}; this SAE reads vectors of width d_in = {self.d_in}"
+            )
         # One pass, no array of flags: a NaN or infinity survives the sum. The guard is left out of compiled graphs.
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(h.detach().sum(dtype=torch.float64))):
             bad = int((~torch.isfinite(h).all(dim=-1)).sum())

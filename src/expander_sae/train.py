@@ -1,4 +1,4 @@
-"""The one training loop. Every variant is a dictionary, an encoder and a :class:`TrainConfig`, not a loop of its own."""
+"""The one training loop: every variant is a dictionary, an encoder and a :class:`TrainConfig`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def train(
     if source.d_in != sae.d_in:
         raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
     if config.aux_k and isinstance(sae.encoder, PursuitEncoder):
-        raise ValueError("AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead")
+        raise ValueError(
+            "AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead"
+        )
     loop = _Loop(sae, source, config)
     described = sae.config() | {"dtype": str(sae.dtype), "metrics": None, "training": None}
     identity = {"sae": described, "train": asdict(config), "rows": len(source)}
@@ -171,7 +173,8 @@ class _Loop:
         self.variance = 0.0  # mean ‖h - h̄‖² of the activations as trained on: what the FVU of the log is a fraction of
         self.fires = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # since the last resampling
         self.idle_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)  # tokens since the last fire
-        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+        fused = self.device.type == "cpu"  # on CUDA it wants its step counts there, which a checkpoint does not keep
+        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         self.batches: Iterator[Tensor] | None = None
         self.losses: list[Tensor] = []  # since the last look: read in one go, so that a GPU need not wait each step
         self.first_loss: float | None = None
@@ -235,7 +238,11 @@ class _Loop:
         self.fires.zero_()
         energy = residual.square().sum(dim=1)
         # The paper leaves a dictionary alone that is dead for the greater part: the fault is elsewhere then.
-        if not 0 < len(features) <= 0.8 * self.sae.d_sae or not bool(torch.isfinite(energy).all()) or not bool(energy.any()):
+        if (
+            not 0 < len(features) <= 0.8 * self.sae.d_sae
+            or not bool(torch.isfinite(energy).all())
+            or not bool(energy.any())
+        ):
             return
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) % 2**64)
         chosen = torch.multinomial(energy.cpu().double(), len(features), replacement=True, generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 from expander_sae.dictionary import Matrix
 from expander_sae.pursuit import gradient_pursuit, matching_pursuit, omp, refit
 
-from .conftest import N, expander, gaussian, planted
+from .conftest import N, dense, expander, gaussian, planted
 
 
 def plain_matching_pursuit(h: Tensor, matrix: Matrix, steps: int, reselect: bool) -> Tensor:
@@ -37,6 +37,13 @@ def test_is_the_plain_recursion(make_matrix, reselect: bool, dtype: torch.dtype)
     torch.testing.assert_close(code.to_dense(N), expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     assert (code.iterations == 15).all()
     assert torch.equal(code.stopped_early, (code.values != 0).sum(dim=1) < 15)
+
+
+def test_large_batches_update_correlations_through_the_gram_matrix() -> None:
+    matrix, h = dense(expander()), gaussian(40)
+    code = matching_pursuit(h, matrix, 12, refit=False)  # 40 · 12 steps are more than 160 columns
+    few = torch.cat([matching_pursuit(part, matrix, 12, refit=False).to_dense(N) for part in h.split(10)])
+    torch.testing.assert_close(code.to_dense(N), few)
 
 
 def test_refit_is_least_squares_on_the_same_support(matrix: Matrix) -> None:

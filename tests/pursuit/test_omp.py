@@ -225,7 +225,7 @@ def test_memory_cap_changes_nothing(matrix: Matrix, monkeypatch: pytest.MonkeyPa
 
 
 def certified_sparsity(matrix: Matrix) -> int:
-    """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``, below which OMP recovers every code (Tropp 2004; THEORY B.3)."""
+    """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``, where OMP recovers every code (Tropp 2004; THEORY B.3)."""
     columns = matrix.to_dense()
     gram = (columns.T @ columns).abs().fill_diagonal_(0)
     cumulative = gram.sort(dim=1, descending=True).values.cumsum(dim=1).amax(dim=0)
@@ -235,8 +235,8 @@ def certified_sparsity(matrix: Matrix) -> int:
 
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_recovers_every_code_in_the_certified_region(backend: str | None) -> None:
-    flat = expander(512, 96, 16, dtype=torch.float32)
-    matrix = ExpanderMatrix(flat.rows, torch.full_like(flat.values, 0.25), 512)
+    flat = expander(1024, 96, 16, dtype=torch.float32)
+    matrix = ExpanderMatrix(flat.rows, torch.full_like(flat.values, 0.25), 1024)
     k = certified_sparsity(matrix)
     assert k >= 3
     generator = torch.Generator().manual_seed(0)
@@ -283,6 +283,18 @@ def test_dependent_columns_are_passed_over(dtype: torch.dtype, options: dict) ->
         assert code.residual_norms.item() < 1e-5
         assert code.values.isfinite().all()
         assert (code.values != 0).sum() == 3
+        assert code.stopped_early.all()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_nearly_dependent_column_ends_the_pursuit(backend: str | None, block: int) -> None:
+    # Its correlation with the residual is well above rounding, its distance to the span is not.
+    rows = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    matrix = ExpanderMatrix(rows, torch.tensor([[1.0, 0.0], [1.0, 5e-4]]), 2)
+    for either in (matrix, dense(matrix)):
+        code = omp(torch.tensor([[1.0, 0.5]]), either, 2, block=block, backend=backend)
+        assert code.values.abs().max() < 2
         assert code.stopped_early.all()
 
 

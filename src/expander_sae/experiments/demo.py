@@ -1,4 +1,4 @@
-"""The main job on the embedded default: harvest, train the Expander SAEs and their controls, evaluate, show the frontier."""
+"""The main job on the embedded default: harvest, train Expander SAEs and controls, evaluate, show the frontier."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         f"{size.steps:,} steps of {size.batch_size:,} for every SAE. Dead: not fired in the last "
         f"{next(iter(recipes.values())).train.dead_after:,} training tokens.",
         f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
-        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). OMP: the same dictionary read by orthogonal matching pursuit.",
+        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). "
+        "OMP: the same dictionary read by orthogonal matching pursuit.",
     ]
     title = f"Storage and fidelity, {preset.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
     settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
@@ -123,4 +124,3 @@ def train_arm(name: str, recipe: Recipe, store: ActivationStore, out: Path) -> S
     sae.metadata["trained_on"] = store.origin()
     train(sae, store, recipe.train, out, description=f"Train {name}")
     return sae
-

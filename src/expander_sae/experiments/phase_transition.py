@@ -67,7 +67,8 @@ class PhaseConfig:
         trials: problems a cell, over ``draws`` masks and values.
         noise: norm of the noise as a fraction of the signal's.
         tolerance: relative error ``‖x̂ - x‖ / ‖x‖`` up to which a code counts as recovered; ``None`` for
-            ``max(.01, 5 · noise)``.
+            ``max(.001, 5 · noise)``. Small coefficients make it matter: OMP at m=512, n=4096, d=7 recovers half of the
+            Gaussian codes up to k=142 at .01, 116 at .001 and 110 at .0001; of codes of signs up to 52 at any.
         seed: every cell draws from it and its own ``m`` and ``k``, whatever else is on the grid.
     """
 
@@ -110,7 +111,7 @@ class PhaseConfig:
 
     @property
     def success_below(self) -> float:
-        return max(0.01, 5 * self.noise) if self.tolerance is None else self.tolerance
+        return max(0.001, 5 * self.noise) if self.tolerance is None else self.tolerance
 
     def sizes(self) -> list[tuple[float, int, list[int]]]:
         """``(δ, m, the distinct k)`` of the map."""
@@ -134,8 +135,10 @@ def run_phase_transition(out: str | Path, config: PhaseConfig) -> list[dict[str,
     ``results.md`` into ``out``.
     """
     out = Path(out)
-    # A grid may be refined in the same folder: cells do not depend on their neighbours.
-    cells = Cells(out, {key: value for key, value in asdict(config).items() if key not in ("deltas", "rhos")})
+    # Cells are errors and know no neighbours: a grid may be refined, and the tolerance changed, in the same folder.
+    cells = Cells(
+        out, {key: value for key, value in asdict(config).items() if key not in ("deltas", "rhos", "tolerance")}
+    )
     sizes = config.sizes()
     print(f"{config.solver} on {describe(config)}; results in {out}", file=sys.stderr)
     grid: list[dict[str, Any]] = []

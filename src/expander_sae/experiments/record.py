@@ -40,7 +40,13 @@ def write_results(
 ) -> None:
     """``results.json`` (everything) and ``results.md`` (table and notes) in ``folder``."""
     folder = Path(folder)
-    whole = {"title": title, "settings": settings, "environment": environment(), "notes": list(notes), "rows": list(rows)}
+    whole = {
+        "title": title,
+        "settings": settings,
+        "environment": environment(),
+        "notes": list(notes),
+        "rows": list(rows),
+    }
     files.atomic_write_json(folder / "results.json", whole)
     text = f"# {title}\n\n{markdown_table(rows, columns)}\n" + "".join(f"{note}\n\n" for note in notes)
     files.atomic_write_bytes(folder / "results.md", text.encode())

@@ -33,9 +33,7 @@ def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
     features, order = indices.flatten().sort(stable=True)
     samples = torch.div(order, indices.shape[1], rounding_mode="floor")
     offsets = torch.searchsorted(features, torch.arange(n, device=h.device, dtype=features.dtype))
-    return F.embedding_bag(
-        samples, h, offsets, per_sample_weights=coef.flatten()[order].to(h.dtype), mode="sum"
-    )
+    return F.embedding_bag(samples, h, offsets, per_sample_weights=coef.flatten()[order].to(h.dtype), mode="sum")
 
 
 class _Encode(torch.autograd.Function):

@@ -49,7 +49,7 @@ def tied_error(
     relu: bool = False,
     backend: str | None = None,
 ) -> TiedError:
-    """``mean_b ‖h - Wx - b_dec‖²`` with ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, and its gradient by ``values`` and biases.
+    """``mean_b ‖h - Wx - b_dec‖²`` with ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, and its gradients.
 
     ``h (B, m)`` is data: no gradient reaches it. On the C++ backend everything is one call that writes nothing of size
     ``(B, m)`` but the residual; elsewhere the operators of :mod:`expander_sae.ops.library` are composed.

@@ -120,9 +120,7 @@ def _encode_backward(ctx, _grad_indices, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::decode", mutates_args=())
-def decode(
-    indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = ""
-) -> Tensor:
+def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
     return _implementation("decode", backend, values.device)(indices, code_values, rows, values, m)
 
 

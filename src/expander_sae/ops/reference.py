@@ -28,7 +28,8 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """``Wᵀh``, ``(B, n)``: ``z[b, j] = Σ_t values[j, t] · h[b, rows[j, t]]``."""
     wide = accumulate_dtype(h.dtype)
     blocks = [
-        h.to(wide) @ to_dense(rows[start : start + FEATURE_BLOCK], values[start : start + FEATURE_BLOCK].to(wide), h.shape[1])
+        h.to(wide)
+        @ to_dense(rows[start : start + FEATURE_BLOCK], values[start : start + FEATURE_BLOCK].to(wide), h.shape[1])
         for start in range(0, rows.shape[0], FEATURE_BLOCK)
     ]
     out = torch.cat(blocks, dim=1)

@@ -25,7 +25,12 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
         for kind, (marker, colour) in _MARKERS.items():
             points = [row for row in rows if row["dictionary"] == kind and row[key] is not None]
             axes.scatter(
-                [p["num_bytes"] for p in points], [p[key] for p in points], marker=marker, color=colour, s=60, label=kind
+                [p["num_bytes"] for p in points],
+                [p[key] for p in points],
+                marker=marker,
+                color=colour,
+                s=60,
+                label=kind,
             )
             for p in points:
                 place, best = p["num_bytes"], p[f"omp_{key}"]
