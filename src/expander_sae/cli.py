@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -263,28 +264,33 @@ app.add_typer(reproduce, epilog="Example: [bold]expander-sae reproduce omp --qui
 
 _OUT = typer.Option(help="Folder for the tables, the picture and what is needed to continue.")
 _QUICK = typer.Option("--quick", help="A small version: minutes.")
+_SEEDS = typer.Option(min=1, help="Runs of everything; more can be added to a finished folder. Default 3, quick 1.")
 
 
 @reproduce.command("omp", epilog="Example: [bold]expander-sae reproduce omp --quick --out runs/omp[/bold]")
 def reproduce_omp(
     out: Annotated[Path, _OUT] = Path("runs/omp"),
     quick: Annotated[bool, _QUICK] = False,
+    seeds: Annotated[int | None, _SEEDS] = None,
 ) -> None:
     """Trained expander and dense dictionaries read by every solver: relative error over seeds, time a sample."""
     from expander_sae.experiments import pursuits
 
-    pursuits.run_pursuits(out, pursuits.QUICK if quick else pursuits.FULL)
+    size = pursuits.QUICK if quick else pursuits.FULL
+    pursuits.run_pursuits(out, replace(size, seeds=tuple(range(seeds))) if seeds else size)
 
 
 @reproduce.command("amortisation", epilog="Example: [bold]expander-sae reproduce amortisation --quick[/bold]")
 def reproduce_amortisation(
     out: Annotated[Path, _OUT] = Path("runs/amortisation"),
     quick: Annotated[bool, _QUICK] = False,
+    seeds: Annotated[int | None, _SEEDS] = None,
 ) -> None:
     """What the own encoder leaves on the table against OMP: expander, dense and matched-width dense SAEs."""
     from expander_sae.experiments import amortisation
 
-    amortisation.run_amortisation(out, amortisation.QUICK if quick else amortisation.FULL)
+    size = amortisation.QUICK if quick else amortisation.FULL
+    amortisation.run_amortisation(out, replace(size, seeds=tuple(range(seeds))) if seeds else size)
 
 
 @reproduce.command("block-size", epilog="Example: [bold]expander-sae reproduce block-size --device cuda[/bold]")

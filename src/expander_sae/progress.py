@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
@@ -28,11 +28,10 @@ def progress(description: str, total: int, unit: str = "it", *, done: int = 0) -
     """A bar on standard error. ``done`` units (a resumed job) count as finished but not towards the rate."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=12),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
         _Rate(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_again_nothing_is_done_twice(
     monkeypatch.setattr(pursuits, "read", lambda *args: pytest.fail("read again"))
     assert pursuits.run_pursuits(out, SIZE) == rows
     assert json.loads((out / "results.json").read_text())["rows"] == rows
+
+
+def test_a_seed_may_be_added(
+    finished: tuple[Path, list[dict]], tiny_store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = finished
+    monkeypatch.setattr(pursuits, "activations", lambda tokens, split="train": tiny_store)
+    names: list[str] = []
+    real = pursuits.trained
+    monkeypatch.setattr(pursuits, "trained", lambda name, *rest: names.append(name) or real(name, *rest))
+    more = pursuits.run_pursuits(out, replace(SIZE, seeds=(0, 1, 2)))
+    assert len(names) == 4
+    assert all(name.endswith("seed2") for name in names)
+    assert {row["runs"] for row in more} == {3}
 
 
 def test_a_cut_run_goes_on(

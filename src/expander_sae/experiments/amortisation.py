@@ -11,7 +11,7 @@ from expander_sae import lm as language
 from expander_sae.evaluate import evaluation_rows
 from expander_sae.experiments.cells import Cells
 from expander_sae.experiments.demo import LAYER, WINDOW, arms
-from expander_sae.experiments.embedded import PRESET, activations, over_seeds, trained
+from expander_sae.experiments.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
 from expander_sae.experiments.record import write_results
 from expander_sae.report.pursuit import plot_amortisation
 from expander_sae.report.table import Column, number, print_table, spread
@@ -84,7 +84,7 @@ def run_amortisation(out: str | Path = "runs/amortisation", size: AmortisationSi
     """
     out = Path(out)
     store = activations(size.tokens)
-    cells = Cells(out, {"size": asdict(size)})
+    cells = Cells(out, sizes_without_seeds(size))
     settings = amortisation_arms(store.d_in, size)
     runs = [(f"{name}-seed{seed}", name, seed) for seed in size.seeds for name in settings]
     missing = [run for run in runs if run[0] not in cells]

@@ -41,8 +41,8 @@ class DemoSize:
     held_out_windows: int
 
 
-FULL = DemoSize(tokens=400_000, steps=1000, batch_size=1024, held_out_windows=32)
-QUICK = replace(FULL, steps=200, batch_size=512, held_out_windows=8)
+FULL = DemoSize(tokens=300_000, steps=750, batch_size=1024, held_out_windows=24)
+QUICK = replace(FULL, steps=150, batch_size=512, held_out_windows=6)
 
 
 def arms(d_in: int, d_sae: int, k: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -86,8 +86,10 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{size.tokens}-{str(lm.dtype)[6:]}",
         window=WINDOW,
     )
+    shared = {"steps": size.steps, "batch_size": size.batch_size, "seed": seed}
+    shared["dead_after"] = size.steps * size.batch_size // 4
     recipes = {
-        name: resolve(settings, {"steps": size.steps, "batch_size": size.batch_size, "seed": seed})
+        name: resolve(settings, shared)
         for name, settings in arms(lm.d_model, preset.d_sae, preset.k, preset.degrees).items()
     }
     saes = {name: train_arm(name, recipe, store, out / name) for name, recipe in recipes.items()}
@@ -102,7 +104,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         f"{lm.name} ({lm.revision}), output of block {LAYER}; trained on {len(store):,} vectors "
         f"(left out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), "
         f"{size.steps:,} steps of {size.batch_size:,} for every SAE. Dead: not fired in the last "
-        f"{next(iter(recipes.values())).train.dead_after:,} training tokens.",
+        f"{shared['dead_after']:,} training tokens.",
         f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
         f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). "
         "OMP: the same dictionary read by orthogonal matching pursuit.",

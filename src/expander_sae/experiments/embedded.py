@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def activations(tokens: int, split: language.Split = "train") -> ActivationStore
 def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
     """The SAE ``name``, trained into ``out/name`` or taken from there."""
     return train_arm(name, resolve(settings), store, out / name)
+
+
+def sizes_without_seeds(size: Any) -> dict[str, Any]:
+    """What a cell of one seed depends on: seeds may be added to a finished folder. ``size``: a dataclass."""
+    return {name: value for name, value in asdict(size).items() if name != "seeds"}
 
 
 def over_seeds(rows: Iterable[Mapping[str, Any]], same: Sequence[str], figures: Sequence[str]) -> list[dict[str, Any]]:

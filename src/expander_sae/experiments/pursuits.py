@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.embedded import PRESET, activations, over_seeds, trained
+from expander_sae.experiments.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
 from expander_sae.experiments.record import write_results
 from expander_sae.progress import progress
 from expander_sae.pursuit import SOLVERS
@@ -84,7 +84,7 @@ def run_pursuits(out: str | Path = "runs/omp", size: PursuitsSize = FULL) -> lis
     out = Path(out)
     store, test = activations(size.tokens), activations(size.held_out, "heldout")
     h = test.sample(min(size.samples, len(test)), 0).float()
-    cells = Cells(out, {"size": asdict(size), "torch_threads": torch.get_num_threads()})
+    cells = Cells(out, sizes_without_seeds(size) | {"torch_threads": torch.get_num_threads()})
     print(
         f"{len(_arms(size))} SAEs, {len(METHODS)} readings each, {len(h)} held-out vectors; results in {out}",
         file=sys.stderr,

@@ -15,16 +15,15 @@ _COLOURS = ("#1b6ca8", "#b04a2f", "#3f8f4f", "#7b4ea3", "#8a6d1d", "#444444")
 def plot_solvers(rows: Rows, path: str | Path, title: str) -> None:
     """Relative error against time a sample, a panel a dictionary, a colour a ``k``.
 
-    ``rows`` have ``name``, ``k``, ``method``, ``relative_error`` and ``microseconds``. Readings that explain next to
-    nothing (error above .97: decoders for exactly sparse data) are left out, they would flatten the rest.
+    ``rows`` have ``name``, ``k``, ``method``, ``relative_error``, ``microseconds`` and ``samples``. Readings of fewer
+    samples than the others (decoders for exactly sparse data) are left out: they would flatten the rest.
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
-    ks = sorted({row["k"] for row in rows})
+    ks, whole = sorted({row["k"] for row in rows}), max(row["samples"] for row in rows)
     figure = _figure_class()(figsize=(6 * len(names), 5.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for k, colour in zip(ks, _COLOURS, strict=False):
-            points = [row for row in rows if row["name"] == name and row["k"] == k]
-            points = [row for row in points if row["relative_error"] is not None and row["relative_error"] < 0.97]
+            points = [row for row in rows if (row["name"], row["k"], row["samples"]) == (name, k, whole)]
             x, y = [row["microseconds"] for row in points], [row["relative_error"] for row in points]
             axes.errorbar(
                 x,
