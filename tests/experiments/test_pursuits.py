@@ -19,6 +19,13 @@ SIZE = pursuits.PursuitsSize(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_call_a_reading():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pursuits, "SECONDS_TIMED", 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     out = tmp_path_factory.mktemp("omp")

@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
 # Decoders for exactly sparse data: seconds a sample on activations, which they cannot decode. A few samples show it.
 COMBINATORIAL = ("parallel-l0", "serial-l0", "robust-l0", "smp", "ssmp", "expander-recovery", "lddsr")
 
-_SECONDS_TIMED = 0.2  # a reading is repeated up to this, and the median call counts
+SECONDS_TIMED = 0.2  # a reading is repeated up to this, and the median call counts
 
 COLUMNS = (
     Column("dictionary", lambda row: str(row["name"])),
@@ -141,7 +141,7 @@ def read(sae: SAE, method: str, h: Tensor) -> dict[str, Any]:
         began = time.perf_counter()
         code = reader.encode(h)
         seconds.append(time.perf_counter() - began)
-        if sum(seconds) >= _SECONDS_TIMED:
+        if sum(seconds) >= SECONDS_TIMED:
             break
     with torch.no_grad():
         errors = (h - reader.decode(code)).double().norm(dim=1) / h.double().norm(dim=1)
