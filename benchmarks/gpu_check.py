@@ -145,7 +145,7 @@ class Check:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    import triton
+    import triton  # pyright: ignore[reportMissingImports]
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -47,8 +47,12 @@ app = typer.Typer(
 
 _SEED = typer.Option(help="Seed of mask, initial values and batch order.")
 _LAYER = typer.Option(help="Block whose output is read, counted from 0. Default: the layer studied on a known model.")
-_MODEL = typer.Option(help="A Hub id, a local folder, a short name (pythia-70m, pythia-160m, qwen2.5-3b, llama-3.2-1b), or `embedded`.")
-_TEXT = typer.Option(help="`embedded`, a .txt or .jsonl file, a folder of these, or a `datasets` id (streamed). Default: the model's.")
+_MODEL = typer.Option(
+    help="A Hub id, a local folder, a short name (pythia-70m, pythia-160m, qwen2.5-3b, llama-3.2-1b), or `embedded`."
+)
+_TEXT = typer.Option(
+    help="`embedded`, a .txt or .jsonl file, a folder of these, or a `datasets` id (streamed). Default: the model's."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,8 +64,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command(epilog="Example: [bold]expander-sae demo --quick --out runs/demo[/bold]")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results.json, results.md, frontier.png and the SAEs.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and windows: under 2 minutes once activations are cached.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.md, frontier.png and the SAEs.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps and windows: under 2 minutes once activations are cached.")
+    ] = False,
     seed: Annotated[int, _SEED] = 0,
 ) -> None:
     """The whole way on the embedded language model: harvest, train, evaluate, compare.
@@ -85,10 +93,16 @@ def harvest(
     split: Annotated[str, typer.Option(help="`train`, `heldout` (every tenth document) or `all`.")] = "train",
     tokens: Annotated[int, typer.Option(help="Activation vectors to store.")] = 400_000,
     window: Annotated[int, typer.Option(help="Tokens a sequence; documents are packed with EOS between them.")] = 256,
-    dtype: Annotated[str, typer.Option(help="Of the store: float32, bfloat16, float16; auto is the model's own.")] = "auto",
-    model_dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16, float16; auto is the faster one here.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the store: float32, bfloat16, float16; auto is the model's own.")
+    ] = "auto",
+    model_dtype: Annotated[
+        str, typer.Option(help="Of the model: float32, bfloat16, float16; auto is the faster one here.")
+    ] = "auto",
     batch_windows: Annotated[int | None, typer.Option(help="Windows a forward pass; default fits the device.")] = None,
-    max_norm_multiple: Annotated[float, typer.Option(help="Leave out positions whose norm exceeds this multiple of the median.")] = 10.0,
+    max_norm_multiple: Annotated[
+        float, typer.Option(help="Leave out positions whose norm exceeds this multiple of the median.")
+    ] = 10.0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
 ) -> None:
     """Run a language model over text and store its residual stream at one layer.
@@ -127,7 +141,9 @@ def train(
     store: Annotated[Path, typer.Option(help="Activation store to train on.")],
     out: Annotated[Path, typer.Option(help="Folder for the SAE, its log and checkpoints.")],
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; flags override it.")] = None,
-    preset: Annotated[str | None, typer.Option(help="`paper` (the paper's recipe), `modern` (default) or `pursuit`.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="`paper` (the paper's recipe), `modern` (default) or `pursuit`.")
+    ] = None,
     dictionary: Annotated[str | None, typer.Option(help="`expander` or `dense`.")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Features; default: the number studied on a known model.")] = None,
     degree: Annotated[int | None, typer.Option(help="Rows each column of an expander uses.")] = None,
@@ -136,7 +152,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Activation vectors a step.")] = None,
     seed: Annotated[int | None, _SEED] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as name=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as name=value; repeatable.")
+    ] = None,
     track: Annotated[list[str] | None, typer.Option(help="Also log to `tensorboard` or `wandb`; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoint in the out folder.")] = False,
@@ -174,7 +192,9 @@ def train(
         raise
     # Not before: settings that the checkpoint in the folder refuses must not replace those it was made with.
     files.atomic_write_bytes(out / "recipe.yaml", effective)
-    print(f"{out}: {sae.num_values:,} values, {files.human_bytes(sae.num_bytes)}, trained in {summary['seconds']:.1f} s")
+    print(
+        f"{out}: {sae.num_values:,} values, {files.human_bytes(sae.num_bytes)}, trained in {summary['seconds']:.1f} s"
+    )
 
 
 @app.command(epilog="Example: [bold]expander-sae evaluate runs/demo/expander-d7 --windows 32 --out runs/d7.json[/bold]")
@@ -186,7 +206,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="`heldout` (every tenth document), `train` or `all`.")] = "heldout",
     windows: Annotated[int, typer.Option(help="Held-out windows.")] = 32,
     window: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    replaced: Annotated[str, typer.Option(help="Positions replaced for CE: `all-but-first` or `all`.")] = "all-but-first",
+    replaced: Annotated[
+        str, typer.Option(help="Positions replaced for CE: `all-but-first` or `all`.")
+    ] = "all-but-first",
     out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON here.")] = None,
 ) -> None:
     """Evaluate SAEs inside their language model: relative error, FVU, L0, dead features, CE recovered.
@@ -214,7 +236,14 @@ def evaluate(
     print_table(rows, EVALUATION_COLUMNS)
     print(f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}")
     if out:
-        settings = {"model": model_name, "layer": layer, "text": source, "split": split, "window": window, "windows": len(chosen)}
+        settings = {
+            "model": model_name,
+            "layer": layer,
+            "text": source,
+            "split": split,
+            "window": window,
+            "windows": len(chosen),
+        }
         files.atomic_write_json(out, {"settings": settings, "environment": environment(), "rows": rows})
 
 
@@ -322,7 +351,9 @@ def reproduce_dictionary_update(
 def phase_transition(
     out: Annotated[Path, typer.Option(help="Folder for map.csv, map.png and the fitted transitions.")],
     solver: Annotated[str, typer.Option(help="A pursuit, such as `omp`, `matching-pursuit`, `parallel-l0`.")] = "omp",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Option of the solver, name=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the solver, name=value; repeatable.")
+    ] = None,
     mask: Annotated[str, typer.Option(help="Kind of mask, as `left-regular`; `dense` is none.")] = "left-regular",
     degree: Annotated[int, typer.Option(help="Rows a column uses.")] = 7,
     values: Annotated[str, typer.Option(help="`flat` (random signs), `gaussian` or `binary` (all equal).")] = "flat",
@@ -350,7 +381,6 @@ def phase_transition(
         seed=seed,
     )  # fmt: skip
     experiment.run_phase_transition(out, experiment.quick(config) if quick else config)
-
 
 
 def _layer(layer: int | None, preset: Any) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from cpu_cases import FLOATS, Problem, best, problem, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cpu_cases import FLOATS, Problem, best, problem, same_bits, threads
 
 from expander_sae.ops import cpu
 

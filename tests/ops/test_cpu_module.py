@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cpu_cases import problem, threads
 
 from expander_sae.ops import cpu

@@ -10,8 +10,16 @@ from typing import Any
 from expander_sae import lm as language
 from expander_sae.evaluate import evaluation_rows
 from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.demo import LAYER, WINDOW, arms
-from expander_sae.experiments.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
+from expander_sae.experiments.demo import arms
+from expander_sae.experiments.embedded import (
+    LAYER,
+    PRESET,
+    WINDOW,
+    activations,
+    over_seeds,
+    sizes_without_seeds,
+    trained,
+)
 from expander_sae.experiments.record import write_results
 from expander_sae.report.pursuit import plot_amortisation
 from expander_sae.report.table import Column, number, print_table, spread

@@ -10,18 +10,13 @@ from typing import Any
 
 from expander_sae import lm as language
 from expander_sae.evaluate import evaluation_rows
+from expander_sae.experiments.embedded import LAYER, PRESET, WINDOW, activations, train_arm
 from expander_sae.experiments.record import write_results
-from expander_sae.files import cache_dir
-from expander_sae.recipe import Recipe, resolve
+from expander_sae.recipe import resolve
 from expander_sae.report.frontier import plot_frontier
 from expander_sae.report.table import EVALUATION_COLUMNS, print_table
-from expander_sae.sae import SAE
-from expander_sae.store import ActivationStore
-from expander_sae.train import train
 
 METRICS = ("relative_error", "fvu", "l0", "ce_clean", "ce_zero", "ce_recon", "ce_recovered", "replaced", "tokens")
-LAYER = language.PRESETS[language.EMBEDDED].layers[0]
-WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -71,26 +66,18 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
     """
     began = time.perf_counter()
     out, size = Path(out), QUICK if quick else FULL
-    preset = language.PRESETS[language.EMBEDDED]
     print(
         f"Demo: {size.tokens:,} tokens of layer {LAYER}, {size.steps:,} steps of {size.batch_size:,}, "
         f"{size.held_out_windows} held-out windows of {WINDOW} tokens; results in {out}",
         file=sys.stderr,
     )
     lm = language.load_model(language.EMBEDDED)
-    store = language.harvest(
-        lm,
-        language.EMBEDDED,
-        LAYER,
-        size.tokens,
-        cache_dir() / "activations" / f"{language.EMBEDDED}-layer{LAYER}-{size.tokens}-{str(lm.dtype)[6:]}",
-        window=WINDOW,
-    )
+    store = activations(size.tokens)
     shared = {"steps": size.steps, "batch_size": size.batch_size, "seed": seed}
     shared["dead_after"] = size.steps * size.batch_size // 4
     recipes = {
         name: resolve(settings, shared)
-        for name, settings in arms(lm.d_model, preset.d_sae, preset.k, preset.degrees).items()
+        for name, settings in arms(lm.d_model, PRESET.d_sae, PRESET.k, PRESET.degrees).items()
     }
     saes = {name: train_arm(name, recipe, store, out / name) for name, recipe in recipes.items()}
     windows = language.sample_windows(lm.tokenizer, language.EMBEDDED, "heldout", WINDOW, size.held_out_windows)
@@ -109,7 +96,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). "
         "OMP: the same dictionary read by orthogonal matching pursuit.",
     ]
-    title = f"Storage and fidelity, {preset.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
+    title = f"Storage and fidelity, {PRESET.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
     settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
     write_results(out, rows, EVALUATION_COLUMNS, settings, title, notes)
     plot_frontier(rows, out / "frontier.png", title)
@@ -118,11 +105,3 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
     print(f"\nWrote {out / 'results.json'}, {out / 'results.md'}, {out / 'frontier.png'} and {len(saes)} SAE folders.")
     print(f"Took {time.perf_counter() - began:.0f} s.")
     return rows
-
-
-def train_arm(name: str, recipe: Recipe, store: ActivationStore, out: Path) -> SAE:
-    """Train one SAE into ``out``, or continue, or take it as it is if it was finished with these settings."""
-    sae = recipe.sae.build(store.d_in)
-    sae.metadata["trained_on"] = store.origin()
-    train(sae, store, recipe.train, out, description=f"Train {name}")
-    return sae

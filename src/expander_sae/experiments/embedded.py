@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.experiments.demo import LAYER, WINDOW, train_arm
 from expander_sae.files import cache_dir
-from expander_sae.recipe import resolve
+from expander_sae.recipe import Recipe, resolve
 from expander_sae.sae import SAE
 from expander_sae.store import MANIFEST, ActivationStore
+from expander_sae.train import train
 
 PRESET = language.PRESETS[language.EMBEDDED]
+LAYER = PRESET.layers[0]
+WINDOW = 256
 
 
 def activations(tokens: int, split: language.Split = "train") -> ActivationStore:
-    """The store of ``tokens`` rows of the embedded model; harvested once, and for the training split the demo's own.
+    """The store of ``tokens`` rows of the embedded model; harvested once, by the demo and the experiments alike.
 
     The language model is loaded only if the store is not there.
     """
@@ -36,6 +38,14 @@ def activations(tokens: int, split: language.Split = "train") -> ActivationStore
     lm = language.load_model(language.EMBEDDED)
     dtype = str(lm.dtype).removeprefix("torch.")
     return language.harvest(lm, language.EMBEDDED, LAYER, tokens, folder(dtype), split=split, window=WINDOW)
+
+
+def train_arm(name: str, recipe: Recipe, store: ActivationStore, out: Path) -> SAE:
+    """Train one SAE into ``out``, or continue, or take it as it is if it was finished with these settings."""
+    sae = recipe.sae.build(store.d_in)
+    sae.metadata["trained_on"] = store.origin()
+    train(sae, store, recipe.train, out, description=f"Train {name}")
+    return sae
 
 
 def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:

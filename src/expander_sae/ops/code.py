@@ -24,7 +24,7 @@ class SparseCode:
     def __post_init__(self) -> None:
         if self.indices.shape != self.values.shape:
             raise ValueError(
-                f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must agree: (..., k)"
+                f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must have one shape"
             )
 
     @property
