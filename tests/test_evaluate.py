@@ -261,6 +261,19 @@ def test_neither_batches_nor_company_change_a_result(lm: LanguageModel) -> None:
                 assert both[name] == value or both[name] == pytest.approx(value, rel=1e-4)
 
 
+def test_positions_with_outlying_norms_are_left_alone_and_counted(lm: LanguageModel) -> None:
+    chosen = windows(4)
+    norms = residual(lm, torch.stack(chosen), 1)[:, 1:].norm(dim=2)
+    multiple = float(norms.max() / norms.median()) * 0.999  # the largest is out, and perhaps others as large
+    out = int((norms > multiple * norms.median()).sum())
+    guarded = evaluate_in_model({"a": zeros()}, lm, chosen, 1, max_norm_multiple=multiple)["a"]
+    free = evaluate_in_model({"a": zeros()}, lm, chosen, 1, max_norm_multiple=None)["a"]
+    assert (guarded.left_alone, free.left_alone) == (out, 0)
+    assert out >= 1
+    assert guarded.reconstruction.tokens == free.reconstruction.tokens - out
+    assert guarded.ce_recon == guarded.ce_zero != free.ce_zero
+
+
 def test_an_sae_in_half_precision(lm: LanguageModel) -> None:
     full, half = (evaluate_in_model({"a": sae}, lm, windows(7), 1)["a"] for sae in (expander(), expander().half()))
     assert half.reconstruction.fvu == pytest.approx(full.reconstruction.fvu, rel=1e-2)

@@ -234,7 +234,9 @@ def evaluate(
     chosen = language.sample_windows(lm.tokenizer, source, split, window, windows)  # type: ignore[arg-type]
     rows = evaluation_rows(loaded, lm, list(chosen), layer, replaced=replaced)  # type: ignore[arg-type]
     print_table(rows, EVALUATION_COLUMNS)
-    print(f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}")
+    print(
+        f"{rows[0]['tokens']:,} positions of {len(chosen)} windows ({split}); replaced: {rows[0]['replaced']}, left alone for their norm: {rows[0]['left_alone']}"
+    )
     if out:
         settings = {
             "model": model_name,

@@ -121,6 +121,7 @@ class InModel:
             set to the reconstruction, at the positions named by ``replaced``.
         ce_recovered: see :func:`ce_recovered`.
         replaced: ``"all-but-first"`` (position 0 keeps its value: it is an attention sink) or ``"all"``.
+        left_alone: other positions that kept their value because of their norm, in all three cases.
         predictions: next-token predictions the cross-entropies average over.
         seconds: spent in encoding and decoding, not in the language model.
     """
@@ -131,6 +132,7 @@ class InModel:
     ce_recon: float
     ce_recovered: float | None
     replaced: Replaced
+    left_alone: int
     predictions: int
     seconds: float
 
@@ -148,6 +150,7 @@ def evaluate_in_model(
     layer: int,
     *,
     replaced: Replaced = "all-but-first",
+    max_norm_multiple: float | None = 10.0,
     batch_windows: int = 4,
 ) -> dict[str, InModel]:
     """Evaluate many SAEs on the same held-out windows, sharing the model's blocks up to ``layer``.
@@ -158,6 +161,9 @@ def evaluate_in_model(
         windows: token sequences ``(T,)`` of one length.
         layer: block whose output is replaced.
         replaced: which positions; see :class:`InModel`.
+        max_norm_multiple: leave alone and count positions whose norm exceeds this multiple of the median norm, which
+            is taken over the first batch and then held; ``None`` for no limit. As in harvesting: a single attention
+            sink in mid-window would be nearly all of the variance.
         batch_windows: windows a forward pass.
 
     Raises:
@@ -176,22 +182,30 @@ def evaluate_in_model(
     meters = {name: ReconstructionMeter(sae.d_sae) for name, sae in saes.items()}
     seconds = dict.fromkeys(saes, 0.0)
     ce = dict.fromkeys(["clean", "zero", *(f"sae:{name}" for name in saes)], 0.0)
-    predictions = 0
+    predictions = left_alone = 0
+    limit: float | None = None
     with progress("evaluate in the model", len(windows) * len(ce), "window") as advance:
         for start in range(0, len(windows), batch_windows):
             tokens = torch.stack(list(windows[start : start + batch_windows])).to(lm.device)
             clean = residual(lm, tokens, layer)
             predictions += tokens[:, 1:].numel()
             variants: dict[str, Tensor] = {"clean": clean}
-            variants["zero"] = _with_positions(clean, torch.zeros_like(clean[:, first:]), first)
+            norms = clean.float().norm(dim=2)
+            if limit is None:
+                multiple = float("inf") if max_norm_multiple is None else max_norm_multiple
+                limit = multiple * float(norms[:, first:].median())
+            keep = norms <= limit
+            keep[:, :first] = False
+            left_alone += int((~keep[:, first:]).sum())
+            h = clean[keep]
+            variants["zero"] = _with_positions(clean, keep, torch.zeros_like(h))
             for name, sae in saes.items():
                 began = time.perf_counter()
-                h = clean[:, first:].to(sae.b_dec.device)
-                code = sae.encode(h)
+                code = sae.encode(h.to(sae.b_dec.device))
                 recon = sae.decode(code)
                 seconds[name] += time.perf_counter() - began
-                meters[name].add(h.flatten(0, 1), recon.flatten(0, 1), code.reshape(-1))
-                variants[f"sae:{name}"] = _with_positions(clean, recon.to(clean), first)
+                meters[name].add(h, recon, code)
+                variants[f"sae:{name}"] = _with_positions(clean, keep, recon.to(clean))
             for name, stream in variants.items():
                 logits = continue_from(lm, tokens, layer, stream)
                 ce[name] += float(_cross_entropy(logits, tokens))
@@ -205,6 +219,7 @@ def evaluate_in_model(
             ce_recon=ce[f"sae:{name}"],
             ce_recovered=ce_recovered(ce["clean"], ce["zero"], ce[f"sae:{name}"]),
             replaced=replaced,
+            left_alone=left_alone,
             predictions=predictions,
             seconds=seconds[name],
         )
@@ -250,8 +265,11 @@ def evaluation_rows(
     return rows
 
 
-def _with_positions(clean: Tensor, new: Tensor, first: int) -> Tensor:
-    return torch.cat([clean[:, :first], new], dim=1)
+def _with_positions(clean: Tensor, keep: Tensor, new: Tensor) -> Tensor:
+    """``clean (B, T, m)`` with the rows where ``keep (B, T)`` exchanged for ``new``."""
+    changed = clean.clone()
+    changed[keep] = new
+    return changed
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
         f"{size.steps:,} steps of {size.batch_size:,} for every SAE. Dead: not fired in the last "
         f"{shared['dead_after']:,} training tokens.",
         f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
-        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced; CE recovered = (zero - recon.) / (zero - clean). "
+        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced, {rows[0]['left_alone']} left alone "
+        "for their norm; CE recovered = (zero - recon.) / (zero - clean). "
         "OMP: the same dictionary read by orthogonal matching pursuit.",
     ]
     title = f"Storage and fidelity, {PRESET.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
