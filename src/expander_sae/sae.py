@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expander_sae import hub, sae_folder
-from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, ExpanderMatrix, dictionary_from
+from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, dictionary_from
 from expander_sae.encoder import Encoder, TopKEncoder, encoder_from, pursuit_encoder
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
@@ -139,7 +139,7 @@ class SAE(nn.Module):
         return self.encode_decode(h.to(self.dtype))[1].to(h.dtype)
 
     def encode_decode(self, h: Tensor) -> tuple[SparseCode, Tensor]:
-        """Code and reconstruction in one pass, unchecked: the training path."""
+        """Code and reconstruction in one pass over one matrix, unchecked."""
         matrix = self.dictionary.matrix()
         code = self.encoder(matrix, h - self.b_dec)
         return code, matrix.decode(code) + self.b_dec
@@ -149,11 +149,12 @@ class SAE(nn.Module):
 
         Unchecked: the training path. A tied TopK encoder on an expander takes one fused call.
         """
-        matrix, encoder = self.dictionary.matrix(), self.encoder
-        if isinstance(matrix, ExpanderMatrix) and isinstance(encoder, TopKEncoder) and encoder.own is None:
+        dictionary, encoder = self.dictionary, self.encoder
+        if isinstance(dictionary, ExpanderDictionary) and isinstance(encoder, TopKEncoder) and encoder.own is None:
+            matrix = dictionary.matrix()
             return tied_error(h, matrix.rows, matrix.values, encoder.b_enc, self.b_dec, encoder.k, relu=encoder.relu)
-        code = encoder(matrix, h - self.b_dec)
-        residual = h - matrix.decode(code) - self.b_dec
+        code, recon = self.encode_decode(h)
+        residual = h - recon
         return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code.detach())
 
     def reconstruct_with(self, h: Tensor, features: Tensor, k: int) -> Tensor:
