@@ -62,7 +62,7 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
     out = torch.empty(batch, n, dtype=h.dtype, device="cpu")
-    _run(
+    run_kernel(
         "correlate", h.data_ptr(), rows.data_ptr(), values.data_ptr(), out.data_ptr(), batch, m, n, d, _DTYPES[h.dtype]
     )
     return out
@@ -94,7 +94,7 @@ def encode_topk(
         b_enc = _contiguous("b_enc", b_enc, values.dtype)
     indices = torch.empty(batch, k, dtype=torch.int32, device="cpu")
     code = torch.empty(batch, k, dtype=h.dtype, device="cpu")
-    _run(
+    run_kernel(
         "encode_topk",
         h.data_ptr(),
         rows.data_ptr(),
@@ -233,7 +233,7 @@ def train_step(
     inputs = (h, rows, values, b_enc, b_dec)
     outputs = (out.indices, out.code, out.residual, out.errors, out.grad_values, out.grad_b_enc, out.grad_b_dec)
     pointers = (tensor.data_ptr() for tensor in (*inputs, *outputs))
-    _run("train_step", *pointers, batch, m, n, d, k, _DTYPES[h.dtype], bool(relu))
+    run_kernel("train_step", *pointers, batch, m, n, d, k, _DTYPES[h.dtype], bool(relu))
     return out
 
 
@@ -243,7 +243,8 @@ def _module() -> ModuleType:
     return _kernels
 
 
-def _run(name: str, *arguments: int) -> None:
+def run_kernel(name: str, *arguments: int | float) -> None:
+    """Call a kernel on addresses and sizes, with torch's threads. ``ValueError``: index out of range."""
     try:
         getattr(_module(), name)(*arguments, torch.get_num_threads())
     except IndexError as error:
@@ -264,7 +265,7 @@ def _sparse(
     batch, k = indices.shape
     n, d = rows.shape
     pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (h, indices, code, rows, values, out))
-    _run(name, *pointers, batch, m, n, d, k, _DTYPES[dtype])
+    run_kernel(name, *pointers, batch, m, n, d, k, _DTYPES[dtype])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

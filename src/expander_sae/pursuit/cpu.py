@@ -85,7 +85,9 @@ def _run(
     outputs = [indices, values, residual_norms, iterations, used]
     pointers = (tensor.data_ptr() for tensor in inputs + outputs)
     sizes = (batch, matrix.d_in, n, d, k)
-    kernels._run(name, *pointers, *sizes, -1.0 if tol is None else tol, signed or nonnegative, nonnegative, *options)  # type: ignore[arg-type]
+    kernels.run_kernel(
+        name, *pointers, *sizes, -1.0 if tol is None else tol, signed or nonnegative, nonnegative, *options
+    )
     if bool((used < 0).any()):
         bad = int((used < 0).sum())
         raise ValueError(f"{bad} of {batch} samples have entries that are not finite; leave them out first")
