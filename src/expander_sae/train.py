@@ -202,7 +202,9 @@ class _Loop:
         config, sae = self.config, self.sae
         if self.batches is None:
             self.batches = self.source.batches(config.batch_size, config.seed, step)
-        h = next(self.batches).to(self.device, sae.dtype) * self.scale
+        h = next(self.batches).to(self.device, sae.dtype)
+        if self.scale != 1.0:
+            h = h * self.scale
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr_at(step)
         error, residual, code = sae.squared_error(h)
@@ -226,8 +228,8 @@ class _Loop:
         return self.config.aux_coefficient * (residual - guess).square().sum(dim=1).mean()
 
     def _count(self, code: SparseCode) -> None:
-        active = code.indices[code.values != 0].long()
-        fires = torch.bincount(active, minlength=self.sae.d_sae)
+        fired = (code.values != 0).flatten()
+        fires = torch.zeros_like(self.fires).scatter_add_(0, code.indices.flatten().long(), fired.long())
         self.fires += fires
         self.idle_tokens += code.indices.shape[0]
         self.idle_tokens[fires > 0] = 0

@@ -30,11 +30,12 @@ class _Fused(torch.autograd.Function):
         step = cpu.train_step(h, rows, values, b_enc, b_dec, k, relu)
         ctx.save_for_backward(step.grad_values, step.grad_b_enc, step.grad_b_dec)
         ctx.mark_non_differentiable(step.residual, step.indices, step.code)
+        ctx.set_materialize_grads(False)  # or the backward would first fill a (B, m) array with zeros
         return step.errors.mean(), step.residual, step.indices, step.code
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, *_: None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None
 
 
