@@ -66,6 +66,8 @@ struct StepArgs {
 
 // Samples summed in one go: sums over the batch are taken chunk by chunk whatever the number of threads.
 constexpr int64_t kStepChunk = 16;
+// Samples whose residuals are made and then read again for the gradients while they are in the cache.
+constexpr int64_t kStepWindow = 8 * kStepChunk;
 
 // Where a selection job puts its result when the features are split among threads.
 struct Partial {
@@ -103,7 +105,7 @@ struct Kernels {
   bool (*values_grad)(const SparseArgs&, int64_t first_feature, int64_t last_feature, void* scratch);
   bool (*gram)(const SparseArgs&, int64_t begin, int64_t end, void* scratch);
   bool (*step_samples)(const StepArgs&, int64_t begin, int64_t end, void* scratch);  // begin: a multiple of kStepChunk
-  bool (*step_features)(const StepArgs&, int64_t first, int64_t last, void* scratch);
+  void (*step_features)(const StepArgs&, int64_t begin, int64_t end, int64_t first, int64_t last, void* scratch);
   size_t (*step_scratch_bytes)(const StepArgs&);
   size_t (*sparse_scratch_bytes)(const SparseArgs&, bool gram);
   bool (*rows_in_range)(const int32_t* rows, int64_t count, int64_t m);

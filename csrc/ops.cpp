@@ -333,16 +333,19 @@ void train_step(const EncodeArgs& args, StepArgs a, void* grad_b_dec, int thread
   const Kernels& use = kernels();
   ScratchPool scratch(threads, use.step_scratch_bytes(a));
   std::atomic<bool> good{true};
-  parallel_for(chunks, threads, [&](int64_t chunk, int slot) {
-    const int64_t begin = chunk * kStepChunk, end = std::min(a.B, begin + kStepChunk);
-    if (!use.step_samples(a, begin, end, scratch.of(slot))) good.store(false);
-  });
-  if (!good) throw std::out_of_range("an index is outside [0, d_sae) or a row outside [0, d_in)");
   const std::vector<int64_t> edges = feature_edges(a.indices, a.B * a.k, a.n, threads);
-  parallel_for(static_cast<int64_t>(edges.size()) - 1, threads, [&](int64_t part, int slot) {
-    const auto i = static_cast<size_t>(part);
-    use.step_features(a, edges[i], edges[i + 1], scratch.of(slot));
-  });
+  for (int64_t start = 0; start < a.B; start += kStepWindow) {
+    const int64_t stop = std::min(a.B, start + kStepWindow);
+    parallel_for((stop - start + kStepChunk - 1) / kStepChunk, threads, [&](int64_t chunk, int slot) {
+      const int64_t begin = start + chunk * kStepChunk, end = std::min(stop, begin + kStepChunk);
+      if (!use.step_samples(a, begin, end, scratch.of(slot))) good.store(false);
+    });
+    if (!good) throw std::out_of_range("an index is outside [0, d_sae) or a row outside [0, d_in)");
+    parallel_for(static_cast<int64_t>(edges.size()) - 1, threads, [&](int64_t part, int slot) {
+      const auto i = static_cast<size_t>(part);
+      use.step_features(a, start, stop, edges[i], edges[i + 1], scratch.of(slot));
+    });
+  }
   if (a.dtype == DType::f64) {
     decoder_bias_grad(a, static_cast<double*>(grad_b_dec), threads);
   } else {

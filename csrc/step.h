@@ -79,18 +79,21 @@ bool step_samples_as(const StepArgs& a, int64_t begin, int64_t end, void*) {
   return good;
 }
 
-// Gradients by the values and b_enc of features [first, last); see values_grad_as for why a range of features.
+// Adds what samples [begin, end) give to the gradients by the values and b_enc of features [first, last), which the first
+// samples set to zero; see values_grad_as for why a range of features.
 template <class Float>
-bool step_features_as(const StepArgs& a, int64_t first, int64_t last, void* scratch) {
+void step_features_as(const StepArgs& a, int64_t begin, int64_t end, int64_t first, int64_t last, void* scratch) {
   using S = typename Sum<Float>::type;
   const S scale = S(-2) / static_cast<S>(a.B);
   S* const grad_values = static_cast<S*>(a.grad_values);
   S* const grad_b_enc = static_cast<S*>(a.grad_b_enc);
   S* const c = static_cast<S*>(scratch);
   auto* const mine = reinterpret_cast<int32_t*>(c + a.m);
-  std::memset(grad_values + first * a.d, 0, static_cast<size_t>((last - first) * a.d) * sizeof(S));
-  std::memset(grad_b_enc + first, 0, static_cast<size_t>(last - first) * sizeof(S));
-  for (int64_t b = 0; b < a.B; ++b) {
+  if (begin == 0) {
+    std::memset(grad_values + first * a.d, 0, static_cast<size_t>((last - first) * a.d) * sizeof(S));
+    std::memset(grad_b_enc + first, 0, static_cast<size_t>(last - first) * sizeof(S));
+  }
+  for (int64_t b = begin; b < end; ++b) {
     const int32_t* index = a.indices + b * a.k;
     const S* code = static_cast<const S*>(a.code) + b * a.k;
     const S* code_grad = static_cast<const S*>(a.code_grad) + b * a.k;
@@ -101,7 +104,7 @@ bool step_features_as(const StepArgs& a, int64_t first, int64_t last, void* scra
       const int64_t feature = index[s];
       count += (feature >= first) & (feature < last);
     }
-    if (b + 1 < a.B) fetch(r + a.m, a.m * static_cast<int64_t>(sizeof(S)));
+    if (b + 1 < end) fetch(r + a.m, a.m * static_cast<int64_t>(sizeof(S)));
     if (count == 0) continue;
     centred_row<Float>(a, b, c);
     for (int64_t i = 0; i < count; ++i) {
@@ -119,22 +122,28 @@ bool step_features_as(const StepArgs& a, int64_t first, int64_t last, void* scra
       grad_b_enc[feature] += y;
     }
   }
-  return true;
 }
 
 size_t step_scratch_bytes(const StepArgs& a) { return static_cast<size_t>(a.m * 8 + a.k * 4) + 64; }
 
-#define EXPANDER_STEP(name)                                                        \
-  bool name(const StepArgs& a, int64_t begin, int64_t end, void* scratch) {        \
-    switch (a.dtype) {                                                             \
-      case expander::DType::bf16: return name##_as<BF16>(a, begin, end, scratch);  \
-      case expander::DType::f16: return name##_as<F16>(a, begin, end, scratch);    \
-      case expander::DType::f64: return name##_as<F64>(a, begin, end, scratch);    \
-      default: return name##_as<F32>(a, begin, end, scratch);                      \
-    }                                                                              \
+#define EXPANDER_BY_TYPE(call)                         \
+  switch (a.dtype) {                                   \
+    case expander::DType::bf16: return call(BF16);     \
+    case expander::DType::f16: return call(F16);       \
+    case expander::DType::f64: return call(F64);       \
+    default: return call(F32);                         \
   }
-EXPANDER_STEP(step_samples)
-EXPANDER_STEP(step_features)
-#undef EXPANDER_STEP
+bool step_samples(const StepArgs& a, int64_t begin, int64_t end, void* scratch) {
+#define EXPANDER_CALL(Float) step_samples_as<Float>(a, begin, end, scratch)
+  EXPANDER_BY_TYPE(EXPANDER_CALL)
+#undef EXPANDER_CALL
+}
+
+void step_features(const StepArgs& a, int64_t begin, int64_t end, int64_t first, int64_t last, void* scratch) {
+#define EXPANDER_CALL(Float) step_features_as<Float>(a, begin, end, first, last, scratch)
+  EXPANDER_BY_TYPE(EXPANDER_CALL)
+#undef EXPANDER_CALL
+}
+#undef EXPANDER_BY_TYPE
 
 }  // namespace

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from expander_sae.dictionary import (
     DenseDictionary,
@@ -136,6 +136,16 @@ def test_gradient_of_the_parameter(make: Callable[..., Dictionary], unit_norm: b
     expected = dictionary.parameter.detach().clone().requires_grad_()
     through_matrix(expected).square().sum().backward()
     torch.testing.assert_close(dictionary.parameter.grad, expected.grad)
+
+
+def test_unit_rows_and_their_gradients_are_those_of_normalize() -> None:
+    values, grad = normal(9, 5, seed=1).requires_grad_(), normal(9, 5, seed=2)
+    torch.testing.assert_close(unit_rows(values), torch.nn.functional.normalize(values, dim=1))
+    (found,) = torch.autograd.grad(unit_rows(values), values, grad)
+    (expected,) = torch.autograd.grad(torch.nn.functional.normalize(values, dim=1), values, grad)
+    torch.testing.assert_close(found, expected)
+    assert gradcheck(unit_rows, values)
+    assert gradgradcheck(unit_rows, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

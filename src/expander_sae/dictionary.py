@@ -373,11 +373,34 @@ class DenseDictionary(Dictionary):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, unit_norm={self.unit_norm}"
 
 
+class _UnitRows(torch.autograd.Function):
+    """A third of the passes over memory that the composed operations take on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)
+        unit = values / norms
+        ctx.save_for_backward(unit, norms)
+        ctx.set_materialize_grads(False)
+        return unit, norms
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_norms: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # The norms are an output as well, so that the gradient of this gradient is right; else nobody asks for theirs.
+        unit, norms = ctx.saved_tensors
+        through_norms = None if grad_norms is None else grad_norms * unit
+        if grad is None:
+            return through_norms
+        along = (unit * grad).sum(dim=1, keepdim=True)
+        through_unit = torch.addcmul(grad, unit, along, value=-1) / norms
+        return through_unit if through_norms is None else through_unit + through_norms
+
+
 def unit_rows(values: Tensor) -> Tensor:
     """Rows at unit norm; a zero row stays zero."""
     if values.dtype == torch.float16:  # the smallest norm would be 0 in it
-        return F.normalize(values.float(), dim=1, eps=_SMALLEST_NORM).half()
-    return F.normalize(values, dim=1, eps=_SMALLEST_NORM)
+        return unit_rows(values.float()).half()
+    return _UnitRows.apply(values)[0]  # type: ignore[index]
 
 
 def smallest_unsigned(bound: int) -> torch.dtype:

@@ -156,7 +156,7 @@ def by_hand(p: Problem, b_dec: Tensor, k: int, relu: bool) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 100, 128, 129, 300])
 def test_train_step(batch: int, dtype: torch.dtype, relu: bool) -> None:
     p = problem(batch, 33, 400, 5, 1, dtype=dtype, whole=False, seed=batch)
     b_dec = torch.randn(33, dtype=p.values.dtype, generator=torch.Generator().manual_seed(1))
