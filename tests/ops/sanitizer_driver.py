@@ -23,6 +23,31 @@ def at(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
+def pursue(kernels, sizes: tuple[int, ...], h: np.ndarray, rows: np.ndarray, values: np.ndarray, threads: int) -> None:
+    """Every pursuit kernel under every option; columns made unit, one of them zero and two of them equal."""
+    B, _, n, _, k = sizes
+    values = values.copy()
+    values[0] = 0
+    if n > 2:
+        rows[2], values[2] = rows[1], values[1]
+    norms = np.linalg.norm(values, axis=1).astype(np.float32)
+    norms[norms == 0] = 1
+    values = (values / norms[:, None]).astype(np.float32)
+    flags = (False, True)
+    runs = [("omp", (block, disjoint)) for block in sorted({1, min(8, k), k}) for disjoint in flags]
+    runs += [("matching_pursuit", (reselect, refit)) for reselect in flags for refit in flags]
+    for (name, options), nonnegative, tol in itertools.product(runs, flags, (-1.0, 0.3)):
+        if name == "omp" and nonnegative and k > 100:
+            continue  # minutes under a sanitizer
+        # Held to the end of the call, and zero as the caller makes them.
+        indices, used, rounds = np.zeros((B, k), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+        code, left = np.zeros((B, k), np.float32), np.zeros(B, np.float32)
+        arrays = (h, rows, values, norms, indices, code, left, rounds, used)
+        getattr(kernels, name)(*map(at, arrays), *sizes, tol, nonnegative, nonnegative, *options, threads)
+        assert B == 0 or (used.max() <= min(k, n) and indices.min() >= 0 and indices.max() < n)
+        assert np.isfinite(code).all()
+
+
 def main(path: str) -> None:
     kernels = load(path)
     random = np.random.default_rng(0)
@@ -86,6 +111,8 @@ def main(path: str) -> None:
                 except IndexError:
                     continue
                 raise AssertionError(f"{name} took an index out of range")
+        if dtype == 0:
+            pursue(kernels, sizes, h, rows, values, threads)
         cases += 1
     print(cases, "cases")
 

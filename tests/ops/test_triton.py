@@ -1,6 +1,7 @@
 """The Triton kernels, without a GPU: interpreted against the reference, and compiled for one.
 
-Triton decides at its import whether it interprets, so the cases run in a process of their own.
+Triton decides at its import whether it interprets, so the cases run in a process of their own. They are skipped only
+where triton is not installed (on Linux the ``test`` extra brings it): a triton that does not load is a failure.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def run_cases(**environment: str) -> None:
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
 
 
 @needs_triton
 def test_interpreted() -> None:
+    """53 cases in 25 s on one core."""
     run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
