@@ -54,6 +54,41 @@ EXPANDER_INLINE bool valid(const Args& a, int32_t feature) {
   return static_cast<uint64_t>(worst) < static_cast<uint64_t>(a.m);
 }
 
+// visit(s, rows, values) for each of the k features at `index`, in order. False, and not visited: one out of range.
+template <class S, class Args, class Visit>
+EXPANDER_INLINE bool for_features(const Args& a, const int32_t* index, const Visit& visit) {
+  bool good = true;
+  for (int64_t s = 0; s < a.k; ++s) {
+    if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
+    if (!valid(a, index[s])) {
+      good = false;
+      continue;
+    }
+    const int64_t at = static_cast<int64_t>(index[s]) * a.d;
+    visit(s, a.rows + at, static_cast<const S*>(a.values) + at);
+  }
+  return good;
+}
+
+// Writes to `mine` which of the k features at `index` lie in [first, last); returns how many.
+EXPANDER_INLINE int64_t features_between(int64_t first, int64_t last, const int32_t* index, int64_t k, int32_t* mine) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < k; ++s) {
+    mine[count] = static_cast<int32_t>(s);
+    const int64_t feature = index[s];
+    count += (feature >= first) & (feature < last);
+  }
+  return count;
+}
+
+// The rows of a feature, and its place in the gradient that will be added to.
+template <class S, class Args>
+EXPANDER_INLINE void fetch_gradient(const Args& a, const S* grad, int64_t feature) {
+  const int64_t at = feature * a.d, bytes = a.d * 4 < 256 ? a.d * 4 : 256;
+  fetch(a.rows + at, bytes);
+  fetch(grad + at, bytes);
+}
+
 // out[b] = sum_s code[b, s] * w_{indices[b, s]}
 template <class Float>
 bool decode_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
@@ -66,18 +101,10 @@ bool decode_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
     std::memset(row, 0, static_cast<size_t>(a.m) * sizeof(S));
     const int32_t* index = a.indices + b * a.k;
     const auto* code = static_cast<const typename Float::type*>(a.code) + b * a.k;
-    for (int64_t s = 0; s < a.k; ++s) {
-      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
-      const int32_t feature = index[s];
-      if (!valid(a, feature)) {
-        good = false;
-        continue;
-      }
-      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
-      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+    good &= for_features<S>(a, index, [&](int64_t s, const int32_t* rows, const S* values) {
       const S x = Float::load(code[s]);
       for (int64_t t = 0; t < a.d; ++t) row[rows[t]] += x * values[t];
-    }
+    });
     if constexpr (!kDirect) {
       for (int64_t i = 0; i < a.m; ++i) out[i] = Float::store(row[i]);
     }
@@ -112,19 +139,11 @@ bool correlate_at_as(const SparseArgs& a, int64_t begin, int64_t end, void* scra
     const S* h = wide_row<Float>(a, b, scratch);
     const int32_t* index = a.indices + b * a.k;
     auto* const out = static_cast<typename Float::type*>(a.out) + b * a.k;
-    for (int64_t s = 0; s < a.k; ++s) {
-      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
-      const int32_t feature = index[s];
-      if (!valid(a, feature)) {
-        good = false;
-        continue;
-      }
-      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
-      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+    good &= for_features<S>(a, index, [&](int64_t s, const int32_t* rows, const S* values) {
       S sum = 0;
       for (int64_t t = 0; t < a.d; ++t) sum += values[t] * h[rows[t]];
       out[s] = Float::store(sum);
-    }
+    });
   }
   return good;
 }
@@ -141,22 +160,12 @@ bool values_grad_as(const SparseArgs& a, int64_t first, int64_t last, void* scra
   for (int64_t b = 0; b < a.B; ++b) {
     const int32_t* index = a.indices + b * a.k;
     const auto* code = static_cast<const typename Float::type*>(a.code) + b * a.k;
-    int64_t count = 0;
-    for (int64_t s = 0; s < a.k; ++s) {
-      mine[count] = static_cast<int32_t>(s);
-      const int64_t feature = index[s];
-      count += (feature >= first) & (feature < last);
-      good &= (feature >= 0) & (feature < a.n);
-    }
+    for (int64_t s = 0; s < a.k; ++s) good &= (index[s] >= 0) & (index[s] < a.n);
+    const int64_t count = features_between(first, last, index, a.k, mine);
     if (count == 0) continue;
     const S* h = wide_row<Float>(a, b, scratch);
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) {
-        const int64_t at = static_cast<int64_t>(index[mine[i + kAhead]]) * a.d;
-        const int64_t bytes = a.d * 4 < 256 ? a.d * 4 : 256;
-        fetch(a.rows + at, bytes);
-        fetch(out + at, bytes);
-      }
+      if (i + kAhead < count) fetch_gradient(a, out, index[mine[i + kAhead]]);
       const int32_t feature = index[mine[i]];
       if (!valid(a, feature)) {
         good = false;
@@ -192,15 +201,7 @@ bool gram_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
     S* const sums = kDirect ? reinterpret_cast<S*>(out) : buffer;
     std::memset(sums, 0, static_cast<size_t>(square) * sizeof(S));
     int32_t used = 0;
-    for (int64_t s = 0; s < a.k; ++s) {
-      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
-      const int32_t feature = index[s];
-      if (!valid(a, feature)) {
-        good = false;
-        continue;
-      }
-      const int32_t* rows = a.rows + static_cast<int64_t>(feature) * a.d;
-      const S* values = static_cast<const S*>(a.values) + static_cast<int64_t>(feature) * a.d;
+    good &= for_features<S>(a, index, [&](int64_t s, const int32_t* rows, const S* values) {
       S square_norm = 0;
       for (int64_t t = 0; t < a.d; ++t) {
         const int32_t row = rows[t];
@@ -217,7 +218,7 @@ bool gram_as(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
         head[row] = used++;
       }
       sums[s * a.k + s] += square_norm;
-    }
+    });
     for (int64_t s = 0; s < a.k; ++s) {
       const int32_t feature = index[s];
       if (!good && !valid(a, feature)) continue;
@@ -237,20 +238,25 @@ size_t sparse_scratch_bytes(const SparseArgs& a, bool gram) {
   return static_cast<size_t>(bytes) + 64;
 }
 
-#define EXPANDER_BY_DTYPE(name)                                                      \
-  bool name(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {        \
-    switch (a.dtype) {                                                               \
-      case expander::DType::bf16: return name##_as<BF16>(a, begin, end, scratch);    \
-      case expander::DType::f16: return name##_as<F16>(a, begin, end, scratch);      \
-      case expander::DType::f64: return name##_as<F64>(a, begin, end, scratch);      \
-      default: return name##_as<F32>(a, begin, end, scratch);                        \
-    }                                                                                \
+// The kernel `name` in the type of its data.
+#define EXPANDER_AS_TYPE(name, ...)                                     \
+  switch (a.dtype) {                                                    \
+    case expander::DType::bf16: return name##_as<BF16>(a, __VA_ARGS__); \
+    case expander::DType::f16: return name##_as<F16>(a, __VA_ARGS__);   \
+    case expander::DType::f64: return name##_as<F64>(a, __VA_ARGS__);   \
+    default: return name##_as<F32>(a, __VA_ARGS__);                     \
   }
-EXPANDER_BY_DTYPE(decode)
-EXPANDER_BY_DTYPE(correlate_at)
-EXPANDER_BY_DTYPE(values_grad)
-EXPANDER_BY_DTYPE(gram)
-#undef EXPANDER_BY_DTYPE
+
+bool decode(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
+  EXPANDER_AS_TYPE(decode, begin, end, scratch)
+}
+bool correlate_at(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) {
+  EXPANDER_AS_TYPE(correlate_at, begin, end, scratch)
+}
+bool values_grad(const SparseArgs& a, int64_t first, int64_t last, void* scratch) {
+  EXPANDER_AS_TYPE(values_grad, first, last, scratch)
+}
+bool gram(const SparseArgs& a, int64_t begin, int64_t end, void* scratch) { EXPANDER_AS_TYPE(gram, begin, end, scratch) }
 
 bool rows_in_range(const int32_t* rows, int64_t count, int64_t m) {
   VI low = VI{}, high = VI{};

@@ -36,18 +36,10 @@ bool step_samples_as(const StepArgs& a, int64_t begin, int64_t end, void*) {
     const int32_t* index = a.indices + b * a.k;
     const S* code = static_cast<const S*>(a.code) + b * a.k;
     S* const grad = static_cast<S*>(a.code_grad) + b * a.k;
-    for (int64_t s = 0; s < a.k; ++s) {
-      if (s + kAhead < a.k) fetch_feature<S>(a, index[s + kAhead]);
-      grad[s] = 0;
-      if (!valid(a, index[s])) {
-        good = false;
-        continue;
-      }
-      const int64_t at = static_cast<int64_t>(index[s]) * a.d;
-      const int32_t* rows = a.rows + at;
-      const S* values = static_cast<const S*>(a.values) + at;
+    const bool known = for_features<S>(a, index, [&](int64_t s, const int32_t* rows, const S* values) {
       for (int64_t t = 0; t < a.d; ++t) r[rows[t]] -= code[s] * values[t];
-    }
+    });
+    good &= known;
     S* const sum = static_cast<S*>(a.partial) + b / expander::kStepChunk * a.m;
     if (b % expander::kStepChunk == 0) std::memset(sum, 0, static_cast<size_t>(a.m) * sizeof(S));
     constexpr int kParts = 16;
@@ -66,7 +58,7 @@ bool step_samples_as(const StepArgs& a, int64_t begin, int64_t end, void*) {
     }
     for (int l = 0; l < kParts; ++l) error += part[l];
     static_cast<S*>(a.errors)[b] = error;
-    if (!good) continue;
+    if (!known) continue;
     for (int64_t s = 0; s < a.k; ++s) {
       const int64_t at = static_cast<int64_t>(index[s]) * a.d;
       const int32_t* rows = a.rows + at;
@@ -98,22 +90,12 @@ void step_features_as(const StepArgs& a, int64_t begin, int64_t end, int64_t fir
     const S* code = static_cast<const S*>(a.code) + b * a.k;
     const S* code_grad = static_cast<const S*>(a.code_grad) + b * a.k;
     const S* r = static_cast<const S*>(a.residual) + b * a.m;
-    int64_t count = 0;
-    for (int64_t s = 0; s < a.k; ++s) {
-      mine[count] = static_cast<int32_t>(s);
-      const int64_t feature = index[s];
-      count += (feature >= first) & (feature < last);
-    }
+    const int64_t count = features_between(first, last, index, a.k, mine);
     if (b + 1 < end) fetch(r + a.m, a.m * static_cast<int64_t>(sizeof(S)));
     if (count == 0) continue;
     centred_row<Float>(a, b, c);
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) {
-        const int64_t at = static_cast<int64_t>(index[mine[i + kAhead]]) * a.d;
-        const int64_t bytes = a.d * 4 < 256 ? a.d * 4 : 256;
-        fetch(a.rows + at, bytes);
-        fetch(grad_values + at, bytes);
-      }
+      if (i + kAhead < count) fetch_gradient(a, grad_values, index[mine[i + kAhead]]);
       const int64_t feature = index[mine[i]];
       const int32_t* rows = a.rows + feature * a.d;
       S* const grad = grad_values + feature * a.d;
@@ -126,24 +108,11 @@ void step_features_as(const StepArgs& a, int64_t begin, int64_t end, int64_t fir
 
 size_t step_scratch_bytes(const StepArgs& a) { return static_cast<size_t>(a.m * 8 + a.k * 4) + 64; }
 
-#define EXPANDER_BY_TYPE(call)                         \
-  switch (a.dtype) {                                   \
-    case expander::DType::bf16: return call(BF16);     \
-    case expander::DType::f16: return call(F16);       \
-    case expander::DType::f64: return call(F64);       \
-    default: return call(F32);                         \
-  }
 bool step_samples(const StepArgs& a, int64_t begin, int64_t end, void* scratch) {
-#define EXPANDER_CALL(Float) step_samples_as<Float>(a, begin, end, scratch)
-  EXPANDER_BY_TYPE(EXPANDER_CALL)
-#undef EXPANDER_CALL
+  EXPANDER_AS_TYPE(step_samples, begin, end, scratch)
 }
-
 void step_features(const StepArgs& a, int64_t begin, int64_t end, int64_t first, int64_t last, void* scratch) {
-#define EXPANDER_CALL(Float) step_features_as<Float>(a, begin, end, first, last, scratch)
-  EXPANDER_BY_TYPE(EXPANDER_CALL)
-#undef EXPANDER_CALL
+  EXPANDER_AS_TYPE(step_features, begin, end, first, last, scratch)
 }
-#undef EXPANDER_BY_TYPE
 
 }  // namespace
