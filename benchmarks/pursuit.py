@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from benchmarks import peers
@@ -17,8 +18,8 @@ from expander_sae.dictionary import DenseMatrix
 from expander_sae.pursuit import PursuitCode, matching_pursuit, ols, omp
 
 OMP, MP, DENSE_OMP = "OMP", "MP + refit", "OMP, dense dictionary"
-SAMPLES = {"sklearn": 16, "spams": 1024, "orthogonal_matching_pursuit_gpu": 256, DENSE_OMP: 64}
-"""How many samples of the batch the slow ones get: by module."""
+SAMPLES = {"sklearn": 16, "spams": 1024, "orthogonal_matching_pursuit_gpu": 256}
+"""How many samples of the batch the peers get: by module."""
 
 _REFERENCE_SAMPLES = 16
 _MP_MARGIN = 0.02  # MP with a refit may leave this much more than OMP, relative
@@ -40,6 +41,10 @@ def run(shape: Shape, settings: Settings) -> list[Row]:
         own = matrix_copy(matrix)
         return lambda: solve(h, own, k)
 
+    def dense_contender(dtype: torch.dtype) -> Callable[[], PursuitCode]:
+        samples, own = h.to(dtype), DenseMatrix(weight.to(dtype))
+        return lambda: omp(samples, own, k)
+
     exact = race.enter(OMP, lambda: contender(omp), samples=len(h), ours=True)
     quick = race.enter(MP, lambda: contender(matching_pursuit), samples=len(h), ours=True)
     assert exact is not None
@@ -55,10 +60,11 @@ def run(shape: Shape, settings: Settings) -> list[Row]:
     race.note(OMP, f"mean residual {float(least.mean()):.4f}")
     race.note(MP, f"mean residual {float(mine.mean()):.4f}, {excess:+.1%}")
 
-    count = min(SAMPLES[DENSE_OMP], len(h))
-    dense = race.enter(DENSE_OMP, lambda: lambda: omp(h[:count], DenseMatrix(weight), k), samples=count, ours=True)
-    assert dense is not None
-    race.note(DENSE_OMP, same_pursuit(DENSE_OMP, [dense.indices, exact.indices[:count]], [left(dense), least[:count]]))
+    for dtype in (torch.float32, torch.float64):
+        name = f"{DENSE_OMP}, {str(dtype).removeprefix('torch.')}"
+        dense = race.enter(name, partial(dense_contender, dtype), samples=len(h), ours=True)
+        assert dense is not None
+        race.note(name, same_pursuit(name, [dense.indices, exact.indices], [left(dense), least]))
 
     peer_codes = partial(_enter, race, h)
     for name, module, build in _omp_peers(weight, k):

@@ -9,8 +9,9 @@ from scipy.optimize import nnls
 
 from expander_sae.dictionary import DenseMatrix, Matrix
 from expander_sae.pursuit import matching_pursuit, omp, refit
+from expander_sae.pursuit.problem import whole_gram
 
-from .conftest import N, gaussian, planted
+from .conftest import N, dense, expander, gaussian, planted
 
 
 def supports(batch: int, k: int) -> torch.Tensor:
@@ -123,6 +124,26 @@ def test_nonnegative_omp_drops_a_feature_that_turns_negative() -> None:
     assert (x > 0).sum() < 3  # the example does what it says
     np.testing.assert_allclose(code.to_dense(3).numpy(), x, atol=1e-9)
     np.testing.assert_allclose(code.residual_norms.numpy(), norms, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_nonnegative_omp_on_large_batches_goes_through_the_gram_matrix(block: int) -> None:
+    matrix, h = dense(expander(dtype=torch.float32)), gaussian(96, dtype=torch.float32)
+    assert whole_gram(matrix, len(h) * 4) is not None
+    assert whole_gram(matrix, 8 * 12) is None
+    code = omp(h, matrix, 12, nonnegative=True, block=block)
+    parts = [omp(part, matrix, 12, nonnegative=True, block=block) for part in h.split(8)]
+    assert torch.equal(code.indices, torch.cat([part.indices for part in parts]))
+    torch.testing.assert_close(code.values, torch.cat([part.values for part in parts]), atol=1e-5, rtol=1e-4)
+
+
+def test_nonnegative_omp_tries_a_dependent_feature_once() -> None:
+    # With 0 and 2 in use, 1 correlates well above rounding, but depends on 0.
+    matrix = DenseMatrix(torch.tensor([[1.0, 0, 0], [1.0, 1e-3, 0], [0, -0.6, 0.8], [0, -1.0, 0]]))
+    code = omp(torch.tensor([[2.0, -0.01, 1.0]]), matrix, 4, nonnegative=True)
+    assert code.indices[0, :2].tolist() == [0, 2]
+    assert code.iterations.tolist() == [3]
+    assert code.stopped_early.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

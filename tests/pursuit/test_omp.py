@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from expander_sae.dictionary import DenseDictionary, DenseMatrix, ExpanderDictionary, ExpanderMatrix, Matrix
 from expander_sae.mask import Mask
-from expander_sae.pursuit import PursuitCode, ols, omp
+from expander_sae.pursuit import PursuitCode, ols, omp, selection
+from expander_sae.pursuit.problem import whole_gram
 
 from .conftest import M, N, dense, expander, gaussian, planted
 
@@ -224,6 +227,30 @@ def test_memory_cap_changes_nothing(matrix: Matrix, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(code.values, expected.values)
 
 
+@pytest.mark.parametrize("solve", [omp, partial(omp, block=3), partial(omp, signed=True), ols], ids=str)
+def test_large_batches_go_through_the_gram_matrix(solve: Callable[..., PursuitCode]) -> None:
+    twice = dense(expander(dtype=torch.float32)).subset(torch.arange(N).repeat_interleave(2))
+    h = gaussian(96, dtype=torch.float32)
+    h[5] = 0
+    assert whole_gram(twice, len(h) * 7) is not None
+    assert whole_gram(twice, 8 * 21) is None
+    code = solve(h, twice, 21)  # the last rounds correlate anew
+    parts = [solve(part, twice, 21) for part in h.split(8)]
+    assert torch.equal(code.indices, torch.cat([part.indices for part in parts]))
+    torch.testing.assert_close(code.values, torch.cat([part.values for part in parts]), atol=1e-5, rtol=1e-4)
+    assert torch.equal(code.stopped_early, h.norm(dim=1) == 0)
+
+
+def test_k_beyond_the_rank_through_the_gram_matrix() -> None:
+    matrix, h = dense(expander(64, 40, 3, dtype=torch.float32)), gaussian(64, dtype=torch.float32)
+    matrix = matrix.subset(torch.arange(40).repeat(2))
+    code = omp(h, matrix, 60)
+    assert code.stopped_early.all()
+    assert (code.indices < 40).all()
+    explained = (least_squares(h, matrix, code).unsqueeze(2) * matrix.columns(code.indices)).sum(dim=1)
+    torch.testing.assert_close(residual(h, matrix, code), h - explained, atol=1e-4, rtol=0)
+
+
 def certified_sparsity(matrix: Matrix) -> int:
     """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``, where OMP recovers every code (Tropp 2004; THEORY B.3)."""
     columns = matrix.to_dense()
@@ -296,6 +323,17 @@ def test_a_nearly_dependent_column_ends_the_pursuit(backend: str | None, block: 
         code = omp(torch.tensor([[1.0, 0.5]]), either, 2, block=block, backend=backend)
         assert code.values.abs().max() < 2
         assert code.stopped_early.all()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_feature_for_which_a_round_had_no_room_is_looked_at_again(backend: str | None) -> None:
+    # The first round takes 1 and passes over 0, the second passes over 2 and has no second place for 3.
+    columns = torch.tensor([[1, 0, 0], [1, 5e-4, 0], [1, -5e-4, 0], [0, 0, 1]])
+    matrix = ExpanderMatrix(torch.arange(3, dtype=torch.int32).repeat(4, 1), columns, 3)
+    for either in (matrix, dense(matrix)):
+        code = omp(torch.tensor([[1.0, 0.5, 1e-4]]), either, 2, block=2, backend=backend)
+        assert code.indices.tolist() == [[1, 3]]
+        assert code.iterations.tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -411,6 +449,14 @@ def test_ols_bears_degenerate_columns(make_matrix) -> None:
     assert code.values.isfinite().all()
     assert code.stopped_early.all()
     assert (code.residual_norms < 1e-9).all()
+
+
+@given(n=st.sampled_from([1, 63, 64, 100, 128, 256]), seed=st.integers(0, 1000), spread=st.integers(1, 300))
+def test_the_best_is_the_first_among_equals(n: int, seed: int, spread: int) -> None:
+    score = torch.randint(-1, spread, (5, n), generator=torch.Generator().manual_seed(seed)).float()
+    strength, feature = selection.best(score, 1)
+    assert feature[:, 0].tolist() == [row.index(max(row)) for row in score.tolist()]
+    assert torch.equal(strength[:, 0], score.amax(dim=1))
 
 
 @settings(max_examples=40, deadline=None)

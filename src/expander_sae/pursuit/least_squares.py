@@ -20,85 +20,73 @@ def pivot_floor(dtype: torch.dtype) -> float:
 
 
 class ActiveSet:
-    """Supports that grow column by column, with the Cholesky factor of their Gram matrices (THEORY C.2, C.12 a).
+    """Supports that grow column by column, with their least-squares coefficients (THEORY C.2, C.12 a).
 
-    Each sample has its own count. Unused slots of the factor are those of the identity, so batched triangular solves
-    pass through them unharmed.
-
-    Args:
-        problem: the samples and the matrix.
-        capacity: slots a sample; default ``problem.k``.
+    Kept is the *inverse* ``L⁻¹`` of the Cholesky factor of each Gram matrix: row ``s`` holds the coefficients of an
+    orthonormal direction ``q_s``, so a column costs two products with it and the coefficients grow by ``⟨q_s, h⟩``
+    times its row; nothing is solved. Each sample has its own count. Unused slots are zero everywhere, which keeps
+    them out of every product.
     """
 
-    def __init__(self, problem: Problem, capacity: int | None = None) -> None:
-        size = problem.k if capacity is None else capacity
-        targets = problem.targets
+    def __init__(self, problem: Problem) -> None:
+        size, targets = problem.k, problem.targets
         self.problem = problem
         self.features = torch.zeros(problem.batch, size, dtype=torch.int64, device=targets.device)
         self.count = torch.zeros(problem.batch, dtype=torch.int64, device=targets.device)
-        self.factor = torch.eye(size, dtype=targets.dtype, device=targets.device).repeat(problem.batch, 1, 1)
-        self.forward = targets.new_zeros(problem.batch, size)  # L⁻¹ Wᵀ targets
+        self.values = targets.new_zeros(problem.batch, size)
+        self._inverse = targets.new_zeros(problem.batch, size, size)
+        self._along = targets.new_zeros(problem.batch, size)  # ⟨q_s, targets⟩
+        self.width = 0  # no sample uses more slots; known without asking the device
+        self.direction = self._inverse[:, 0, :0]  # the newest q as coefficients of the columns, (B, width); 0: none
+        self.amount = self._along[:, :1]  # ⟨q, targets⟩, (B, 1)
 
     @property
     def used(self) -> Tensor:
-        """bool ``(B, capacity)``."""
+        """bool ``(B, k)``."""
         return torch.arange(self.features.shape[1], device=self.count.device) < self.count.unsqueeze(1)
 
-    def append(self, feature: Tensor, wanted: Tensor) -> Tensor:
-        """Add ``feature (B,)`` where ``wanted (B,)`` and independent of the support.
-
-        Returns:
-            accepted ``(B,)`` bool.
-        """
-        length = int(self.count.max())
-        column = self.problem.matrix.columns(feature)
-        if length:
-            known = self.problem.matrix.correlate_at(column, self.features[:, :length].to(torch.int32))
-            known = known * self.used[:, :length]
-            row = _lower_solve(self.factor[:, :length, :length], known)
-        else:
-            row = column.new_zeros(column.shape[0], 0)
-        pivot = 1 - row.square().sum(dim=1)
-        floor = pivot_floor(column.dtype)
-        accepted = wanted & (pivot > floor)
-        root = pivot.clamp_min(floor).sqrt()
-        forward = ((column * self.problem.targets).sum(dim=1) - (row * self.forward[:, :length]).sum(dim=1)) / root
-        sample = accepted.nonzero().squeeze(1)
-        slot = self.count[sample]
-        self.features[sample, slot] = feature[sample]
-        self.factor[sample, slot, :length] = row[sample]
-        self.factor[sample, slot, slot] = root[sample]
-        self.forward[sample, slot] = forward[sample]
-        self.count = self.count + accepted
-        return accepted
-
-    def solve(self) -> Tensor:
-        """The least-squares coefficients ``(B, capacity)``; 0 in unused slots."""
-        return self._back(self.forward)
+    def append(self, feature: Tensor, wanted: Tensor) -> None:
+        """Add ``feature (B,)`` where ``wanted (B,)``, there is room and it is independent of the support."""
+        feature = feature.unsqueeze(1)
+        inverse, along = self._inverse[:, : self.width, : self.width], self._along[:, : self.width]
+        known = self.problem.products(feature, self.features[:, : self.width])
+        across = _times(known, inverse.mT)  # ⟨q_s, w⟩
+        pivot = 1 - across.square().sum(dim=1, keepdim=True)
+        floor = pivot_floor(pivot.dtype)
+        capacity = self.features.shape[1]
+        accepted = wanted.unsqueeze(1) & (pivot > floor) & (self.count < capacity).unsqueeze(1)
+        scale = accepted * pivot.clamp_min(floor).rsqrt()
+        amount = scale * (self.problem.correlations.gather(1, feature) - (across * along).sum(dim=1, keepdim=True))
+        # Whatever is added below is 0 where the feature was not accepted, and lands on a slot that was 0 elsewhere.
+        slot = self.count.clamp_max(capacity - 1).unsqueeze(1)
+        self.width = min(self.width + 1, capacity)
+        row = scale.new_zeros(scale.shape[0], self.width)
+        row[:, : along.shape[1]] = _times(across, inverse) * -scale
+        row.scatter_add_(1, slot, scale)
+        self.features.scatter_add_(1, slot, feature * accepted)
+        self.values[:, : self.width] += amount * row
+        self._inverse.scatter_add_(1, slot.unsqueeze(2).expand(-1, 1, self.width), row.unsqueeze(1))
+        self._along.scatter_add_(1, slot, amount)
+        self.count = self.count + accepted.squeeze(1)
+        self.direction, self.amount = row, amount
 
     def refined(self) -> Tensor:
-        """:meth:`solve` with one step of iterative refinement: the normal equations square the condition number."""
-        x = self.solve()
-        residual = self.problem.residual(self.features, x)
-        gradient = self.problem.matrix.correlate_at(residual, self.features.to(torch.int32)) * self.used
-        return x + self._back(_lower_solve(self.factor, gradient))
+        """``values`` with one step of iterative refinement: the normal equations square the condition number."""
+        gradient = self.problem.matrix.correlate_at(self.residual(), self.features.to(torch.int32))
+        return self.values + _times(_times(gradient, self._inverse.mT), self._inverse)
 
     def residual(self) -> Tensor:
         """``targets - W_S x``, ``(B, m)``."""
-        return self.problem.residual(self.features, self.solve())
+        return self.problem.residual(self.features[:, : self.width], self.values[:, : self.width])
 
-    def _back(self, right: Tensor) -> Tensor:
-        length = int(self.count.max())
-        out = torch.zeros_like(right)
-        if length:
-            upper = self.factor[:, :length, :length].mT
-            solved = torch.linalg.solve_triangular(upper, right[:, :length, None], upper=True)
-            out[:, :length] = solved.squeeze(2)
-        return out
+    def correlations(self, residual: Tensor) -> Tensor:
+        """``Wᵀ`` times the :meth:`residual`, ``(B, n)``, for the caller to write to."""
+        return self.problem.correlate(self.features[:, : self.width], self.values[:, : self.width], residual)
 
 
-def _lower_solve(lower: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(lower, right.unsqueeze(2), upper=False).squeeze(2)
+def _times(row: Tensor, matrix: Tensor) -> Tensor:
+    """``row (B, p)`` times ``matrix (B, p, q)``; a column on the right instead would be many times slower on a CPU."""
+    return torch.bmm(row.unsqueeze(1), matrix).squeeze(1)
 
 
 def guarded_cholesky(gram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import DenseMatrix, Dictionary, Matrix
+from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit import cpu, selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import nonnegative_support, solve_support
 from expander_sae.pursuit.omp import check_tolerance
-from expander_sae.pursuit.problem import WORKING_BYTES, Problem, Solution, run
+from expander_sae.pursuit.problem import Problem, Solution, run, whole_gram
 
 
 def matching_pursuit(
@@ -79,7 +79,7 @@ def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool,
     blocked = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=residual.device)
     rounds = torch.zeros_like(features[:, 0])
     live = residual.norm(dim=1) > enough
-    gram = _whole_gram(problem)
+    gram = whole_gram(matrix, problem.batch * k)
     correlations = matrix.correlate(residual)
     for step in range(k):
         if not bool(live.any()):
@@ -104,15 +104,6 @@ def _matching(problem: Problem, reselect: bool, tol: float | None, signed: bool,
         rounds += live
         live = live & (residual.norm(dim=1) > enough)
     return Solution(features, values, used, rounds)
-
-
-def _whole_gram(problem: Problem) -> Tensor | None:
-    """``WᵀW`` of a dense matrix where it fits in memory and costs less than correlating anew at every step."""
-    matrix, n = problem.matrix, problem.matrix.d_sae
-    if not isinstance(matrix, DenseMatrix) or problem.batch * problem.k < n:
-        return None
-    fits = n * n * matrix.weight.element_size() <= WORKING_BYTES
-    return matrix.weight @ matrix.weight.T if fits else None
 
 
 def gradient_pursuit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expander_sae.dictionary import Dictionary, ExpanderMatrix, Matrix
@@ -73,7 +74,7 @@ def omp(
 
     options = {"k": k, "block": block, "disjoint": disjoint, "tol": tol, "signed": signed, "nonnegative": nonnegative}
     fast = partial(cpu.omp, **options)
-    return run(solve, h, matrix, k, b_dec, fast=fast, backend=backend)
+    return run(solve, h, matrix, k, b_dec, rounds=-(-k // block), fast=fast, backend=backend)
 
 
 def check_tolerance(tol: float | None) -> None:
@@ -84,28 +85,28 @@ def check_tolerance(tol: float | None) -> None:
 
 def _candidates(problem: Problem, score: Tensor, count: int, disjoint: bool) -> tuple[Tensor, Tensor]:
     if disjoint and isinstance(problem.matrix, ExpanderMatrix):
-        return selection.best_disjoint(score, count, problem.matrix)
+        return selection.best_disjoint(score, count, problem.matrix, problem.floor)
     return selection.best(score, count)
 
 
 def _omp(problem: Problem, block: int, disjoint: bool, tol: float | None, signed: bool) -> Solution:
     active = ActiveSet(problem)
-    floor, enough = problem.floor, problem.target_norms(tol)
+    floor, enough = problem.floor.unsqueeze(1), problem.target_norms(tol)
     residual = problem.targets
-    blocked = torch.zeros(problem.batch, problem.matrix.d_sae, dtype=torch.bool, device=residual.device)
+    tried = active.features[:, :0]  # taken or dependent: not looked at again
     rounds = torch.zeros_like(active.count)
     live = residual.norm(dim=1) > enough
     while bool(live.any()):
-        score = selection.scores(problem.matrix.correlate(residual), blocked, signed, floor)
-        strength, features = _candidates(problem, score, block, disjoint)
-        live = live & (strength[:, 0] > 0)
-        room = problem.k - active.count  # what the round may look at: a dependent column takes a place, too
+        correlations = active.correlations(residual)
+        score = correlations if signed else correlations.abs_()
+        strength, features = _candidates(problem, score.scatter_(1, tried, -1.0), block, disjoint)
+        wanted = live.unsqueeze(1) & (strength > floor)
+        # A dependent column takes a place of the round, too.
+        wanted &= torch.arange(block, device=wanted.device) < (problem.k - active.count).unsqueeze(1)
+        live = wanted[:, 0]
         for place in range(block):
-            feature = features[:, place]
-            wanted = live & (room > place) & (strength[:, place] > 0)
-            active.append(feature, wanted)
-            # Taken or dependent, a feature is not looked at again.
-            blocked.scatter_(1, feature.unsqueeze(1), blocked.gather(1, feature.unsqueeze(1)) | wanted.unsqueeze(1))
+            active.append(features[:, place], wanted[:, place])
+        tried = torch.cat([tried, torch.where(wanted, features, features[:, :1])], dim=1)
         residual = active.residual()
         rounds += live
         live = live & (active.count < problem.k) & (residual.norm(dim=1) > enough)
@@ -113,50 +114,50 @@ def _omp(problem: Problem, block: int, disjoint: bool, tol: float | None, signed
 
 
 def _nonnegative_omp(problem: Problem, block: int, disjoint: bool, tol: float | None) -> Solution:
-    matrix, targets, k = problem.matrix, problem.targets, problem.k
-    batch, device = problem.batch, targets.device
-    floor, enough = problem.floor, problem.target_norms(tol)
-    features = torch.zeros(batch, k, dtype=torch.int64, device=device)
-    active = torch.zeros(batch, k, dtype=torch.bool, device=device)
-    gram = torch.eye(k, dtype=targets.dtype, device=device).repeat(batch, 1, 1)
+    targets, k, batch = problem.targets, problem.k, problem.batch
+    floor, enough = problem.floor.unsqueeze(1), problem.target_norms(tol)
+    features = torch.zeros(batch, k, dtype=torch.int64, device=targets.device)
+    stamp = torch.zeros_like(features)  # when a slot was filled: the order of the code
+    active = torch.zeros_like(features, dtype=torch.bool)
+    gram = targets.new_zeros(batch, k, k)
     right, x = targets.new_zeros(batch, k), targets.new_zeros(batch, k)
-    stamp = torch.zeros(batch, k, dtype=torch.int64, device=device)  # when a slot was filled: the order of the code
-    futile = torch.zeros(batch, matrix.d_sae, dtype=torch.bool, device=device)
     residual = targets
-    rounds = torch.zeros(batch, dtype=torch.int64, device=device)
+    futile = torch.zeros_like(problem.correlations)  # -∞ for a feature that rounding alone made look useful
+    rounds = torch.zeros_like(features[:, 0])
     live = residual.norm(dim=1) > enough
-    sample = torch.arange(batch, device=device)
-    clock = 0
+    sample = torch.arange(batch, device=targets.device)
+    clock = width = 0
     # Every step lowers the residual over a new support, so this ends; Lawson & Hanson cap it at 3k like everyone after.
     for _ in range(3 * k):
-        blocked = futile.scatter(1, features, futile.gather(1, features) | active)
-        score = selection.scores(matrix.correlate(residual), blocked, True, floor)
-        strength, chosen = _candidates(problem, score, block, disjoint)
-        live = live & (strength[:, 0] > 0)
         if not bool(live.any()):
             break
+        score = problem.correlate(features[:, :width], x[:, :width], residual).add_(futile)
+        score.scatter_reduce_(1, features, torch.where(active, -1.0, torch.inf).to(score.dtype), "amin")
+        strength, chosen = _candidates(problem, score, block, disjoint)
+        worthy = live.unsqueeze(1) & (strength > floor)
+        live = worthy[:, 0]
         rounds += live
         for place in range(block):
-            feature = chosen[:, place]
-            column = matrix.columns(feature)
+            feature = chosen[:, place, None]
             # Earlier columns of this block may have explained what this one promised.
-            useful = (column * residual).sum(dim=1) > floor
-            wanted = live & useful & (strength[:, place] > 0) & ~active.all(dim=1)
+            useful = (problem.matrix.columns(chosen[:, place]) * residual).sum(dim=1, keepdim=True) > floor
+            wanted = worthy[:, place, None] & useful & ~active.all(dim=1, keepdim=True)
             slot = active.to(torch.int8).argmin(dim=1)
             clock += 1
-            rows, cols = sample[wanted], slot[wanted]
-            features[rows, cols], stamp[rows, cols] = feature[wanted], clock
-            products = matrix.correlate_at(column, features.to(torch.int32))
-            gram[rows, cols] = products[wanted]
-            gram[rows, :, cols] = products[wanted]
-            right[rows, cols] = (column * targets).sum(dim=1)[wanted]
-            entering = torch.zeros_like(active)
-            entering[rows, cols] = True
-            solved, kept = nonnegative_step(gram, right, active | entering, x * (active | entering))
-            x, active = torch.where(wanted.unsqueeze(1), solved, x), torch.where(wanted.unsqueeze(1), kept, active)
-            rejected = wanted & ~active.gather(1, slot.unsqueeze(1)).squeeze(1)
-            futile.scatter_(1, feature.unsqueeze(1), futile.gather(1, feature.unsqueeze(1)) | rejected.unsqueeze(1))
-            residual = problem.residual(features, x * active)
+            width = min(clock, k)  # slots in use so far: a free one is taken from below
+            entering = torch.zeros_like(active).scatter_(1, slot.unsqueeze(1), wanted)
+            features, stamp = torch.where(entering, feature, features), torch.where(entering, clock, stamp)
+            right = torch.where(entering, problem.correlations.gather(1, feature), right)
+            products = problem.products(feature, features)
+            gram[sample, slot] = torch.where(wanted, products, gram[sample, slot])
+            gram[sample, :, slot] = torch.where(wanted, products, gram[sample, :, slot])
+            tried, known = (active | entering)[:, :width], x[:, :width]
+            solved, kept = nonnegative_step(gram[:, :width, :width], right[:, :width], tried, known)
+            x[:, :width] = torch.where(wanted, solved, known)
+            active[:, :width] = torch.where(wanted, kept, active[:, :width])
+            rejected = wanted & ~active.gather(1, slot.unsqueeze(1))
+            futile.scatter_add_(1, feature, torch.where(rejected, -torch.inf, 0.0).to(futile.dtype))
+            residual = problem.residual(features[:, :width], x[:, :width])
         live = live & ~active.all(dim=1) & (residual.norm(dim=1) > enough)
     order = torch.where(active, stamp, torch.iinfo(torch.int64).max).argsort(dim=1)
     return Solution(features.gather(1, order), x.gather(1, order), active.gather(1, order), rounds)
@@ -176,37 +177,27 @@ def ols(
     Costs one correlation a step, of the new orthonormal direction (THEORY C.10). Arguments and errors as :func:`omp`.
     """
     check_tolerance(tol)
-    return run(lambda problem: _ols(problem, tol), h, dictionary, k, b_dec)
+    return run(lambda problem: _ols(problem, tol), h, dictionary, k, b_dec, rounds=k)
 
 
 def _ols(problem: Problem, tol: float | None) -> Solution:
-    matrix, targets = problem.matrix, problem.targets
     active = ActiveSet(problem)
     floor, enough = problem.floor.unsqueeze(1), problem.target_norms(tol)
-    residual = targets
-    correlations = matrix.correlate(residual)
-    distance = torch.ones_like(correlations)  # ‖P⊥ w_j‖²
-    blocked = torch.zeros_like(correlations, dtype=torch.bool)
+    correlations = problem.correlations.clone()
+    distance = torch.ones_like(correlations)  # ‖P⊥ w_j‖², infinite for columns taken or dependent
     rounds = torch.zeros_like(active.count)
-    live = residual.norm(dim=1) > enough
+    live = problem.targets.norm(dim=1) > enough
     while bool(live.any()):
-        dependent = distance <= pivot_floor(targets.dtype)
-        weak = correlations.abs() <= floor
-        gain = (correlations.square() / distance.clamp_min(pivot_floor(targets.dtype))).masked_fill(
-            blocked | dependent | weak, -1.0
-        )
+        gain = torch.where(correlations.abs() > floor, correlations.square().div_(distance), -1.0)
         strength, feature = selection.best(gain, 1)
         live = live & (strength[:, 0] > 0)
-        accepted = active.append(feature.squeeze(1), live)
-        blocked.scatter_(1, feature, blocked.gather(1, feature) | live.unsqueeze(1))
-        after = active.residual()
-        # The residual moved along the new orthonormal direction, by construction.
-        moved = residual - after
-        length = moved.norm(dim=1, keepdim=True)
-        turned = matrix.correlate(moved / length.clamp_min(torch.finfo(targets.dtype).tiny))
-        distance = torch.where(accepted.unsqueeze(1), distance - turned.square(), distance)
-        correlations = correlations - length * turned
-        residual = after
+        active.append(feature.squeeze(1), live)
+        distance.scatter_(1, feature, torch.inf)
+        # The residual moves along the new orthonormal direction only.
+        turned = problem.correlate_code(active.features[:, : active.width], active.direction)
+        correlations.addcmul_(active.amount, turned, value=-1)
+        distance.addcmul_(turned, turned, value=-1)
+        F.threshold(distance, pivot_floor(distance.dtype), torch.inf, inplace=True)
         rounds += live
-        live = live & (active.count < problem.k) & (residual.norm(dim=1) > enough)
+        live = live & (active.count < problem.k) & (active.residual().norm(dim=1) > enough)
     return Solution(active.features, active.refined(), active.used, rounds)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expander_sae.dictionary import DenseMatrix, Dictionary, ExpanderMatrix, Matrix
@@ -21,7 +23,9 @@ from expander_sae.pursuit import cpu
 from expander_sae.pursuit.code import PursuitCode
 
 WORKING_BYTES = 1 << 28  # memory a solver may use for its per-sample arrays; a batch beyond it is worked off in chunks
-SCORE_ARRAYS = 3  # (B, n) arrays alive at once in a greedy solver: correlations, scores, one temporary
+SCORE_ARRAYS = 4  # (B, n) arrays alive at once in a greedy solver: correlations at first and now, scores, one more
+GRAM_ROW_COST = 4  # adding up one row of the Gram matrix takes the time of a correlation with this many entries of h
+GRAM_PAYS = 2  # it costs n correlations, and not all of what follows is saved
 
 
 class Solution(NamedTuple):
@@ -42,12 +46,14 @@ class Problem:
         targets: ``(B, m)``, scaled.
         k: the most features a sample may use.
         first: position of the chunk in the flattened batch.
+        gram: ``WᵀW (n, n)`` where sums of its rows are worth making it.
     """
 
     matrix: Matrix
     targets: Tensor
     k: int
     first: int
+    gram: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -61,6 +67,41 @@ class Problem:
     def target_norms(self, tol: float | None) -> Tensor:
         """``(B,)``: the residual norm at which a sample is done; ``tol`` is relative to the sample's own norm."""
         return self.floor if tol is None else self.targets.norm(dim=1) * tol + torch.finfo(self.targets.dtype).tiny
+
+    @cached_property
+    def correlations(self) -> Tensor:
+        """``Wᵀ targets``, ``(B, n)``. Not to be written to."""
+        return self.matrix.correlate(self.targets)
+
+    def correlate(self, features: Tensor, values: Tensor, residual: Tensor) -> Tensor:
+        """``Wᵀ residual``, ``(B, n)``, of the ``residual`` that this code leaves; unused slots must have value 0.
+
+        The caller may write to it.
+        """
+        if features.shape[1] == 0:
+            return self.correlations.clone()
+        explained = self._through_gram(features, values)
+        if explained is None:
+            return self.matrix.correlate(residual)
+        return torch.sub(self.correlations, explained, out=explained)
+
+    def correlate_code(self, features: Tensor, values: Tensor) -> Tensor:
+        """``Wᵀ W x``, ``(B, n)``; unused slots must have value 0."""
+        explained = self._through_gram(features, values)
+        return self.matrix.correlate(self.combine(features, values)) if explained is None else explained
+
+    def _through_gram(self, features: Tensor, values: Tensor) -> Tensor | None:
+        if self.gram is None or features.shape[1] * GRAM_ROW_COST > self.matrix.d_in:
+            return None
+        return F.embedding_bag(features, self.gram, per_sample_weights=values, mode="sum")
+
+    def products(self, feature: Tensor, others: Tensor) -> Tensor:
+        """``⟨w_f, w_o⟩``, ``(B, p)``, of ``feature (B, 1)`` with ``others (B, p)``."""
+        if others.shape[1] == 0:
+            return self.targets.new_zeros(others.shape)
+        if self.gram is not None:
+            return self.gram[feature, others]
+        return self.matrix.correlate_at(self.matrix.columns(feature.squeeze(1)), others.to(torch.int32))
 
     def combine(self, features: Tensor, values: Tensor) -> Tensor:
         """``W x``, ``(B, m)``; unused slots must have value 0."""
@@ -109,6 +150,7 @@ def run(
     k: int,
     b_dec: Tensor | None,
     *,
+    rounds: int = 0,
     cells: Callable[[Matrix], int] | None = None,
     fast: Callable[[Tensor, ExpanderMatrix, Tensor], dict[str, Any]] | None = None,
     backend: str | None = None,
@@ -121,6 +163,7 @@ def run(
         dictionary: a dictionary or its matrix.
         k: features a sample.
         b_dec: ``(m,)``, subtracted from ``h`` first; ``None`` for zero.
+        rounds: how often the solver asks for :meth:`Problem.correlate`, at most.
         cells: floats a sample needs in memory; default: what a greedy solver needs.
         fast: the same solver in C++, if there is one; called with all samples, unit columns and the norms they had.
         backend: ``None`` (C++ where it applies), ``"reference"`` (PyTorch) or ``"cpu"`` (C++ or an error).
@@ -147,9 +190,10 @@ def run(
         refuse_infinite(flat)
         # Plus what every solver keeps: factor, Gram and columns of its support.
         per_sample = cells(unit) if cells else SCORE_ARRAYS * matrix.d_sae + 2 * k * k + k * matrix.d_in
+        gram = whole_gram(unit, flat.shape[0] * rounds) if _adds_rows_fast(unit) else None
         parts, first = [], 0
         for part in chunks(flat, per_sample):
-            parts.append(_finish(solver, unit, norms, part, k, first))
+            parts.append(_finish(solver, Problem(unit, part, k, first, gram), norms))
             first += part.shape[0]
         merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         merged["values"] = merged["values"].to(h.dtype)
@@ -168,11 +212,26 @@ def _nothing(h: Tensor, k: int, dtype: torch.dtype) -> PursuitCode:
     )
 
 
-def _finish(
-    solver: Callable[[Problem], Solution], unit: Matrix, norms: Tensor, part: Tensor, k: int, first: int
-) -> dict[str, Any]:
-    exponent = torch.frexp(part.abs().amax(dim=1, keepdim=True)).exponent
-    problem = Problem(unit, _shift(part, -exponent), k, first)
+def whole_gram(matrix: Matrix, correlations: int) -> Tensor | None:
+    """``WᵀW (n, n)`` of a dense matrix where it fits and so many ``correlations`` of one sample each pay for it."""
+    n = matrix.d_sae
+    if not isinstance(matrix, DenseMatrix) or correlations < GRAM_PAYS * n:
+        return None
+    fits = n * n * matrix.weight.element_size() <= WORKING_BYTES
+    return matrix.weight @ matrix.weight.T if fits else None
+
+
+def _adds_rows_fast(matrix: Matrix) -> bool:
+    """Whether weighted rows of a Gram matrix are added up faster than ``Wᵀr`` is multiplied out.
+
+    On a CPU, that is, and in float32: PyTorch's sum of weighted rows is slow in float64.
+    """
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32
+
+
+def _finish(solver: Callable[[Problem], Solution], problem: Problem, norms: Tensor) -> dict[str, Any]:
+    exponent = torch.frexp(problem.targets.abs().amax(dim=1, keepdim=True)).exponent
+    problem = replace(problem, targets=_shift(problem.targets, -exponent))
     features, values, used, rounds = solver(problem)
     # Used slots first, in the order of selection.
     order = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices

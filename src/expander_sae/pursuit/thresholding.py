@@ -6,6 +6,7 @@ columns far less correlated than a trained dictionary's; on activations OMP is b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -155,10 +156,14 @@ def _keep(better: Tensor, new: _Iterate, old: _Iterate) -> _Iterate:
     return _Iterate(*(torch.where(choice, a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _iht(problem: Problem, steps: int, tol: float | None, refit: bool) -> Solution:
-    matrix, k = problem.matrix, problem.k
-    step = 1 / squared_norm(matrix)
-    now = _start(problem)
+def _descend(
+    problem: Problem, now: _Iterate, propose: Callable[[_Iterate, Tensor], _Iterate], steps: int, tol: float | None
+) -> tuple[_Iterate, Tensor]:
+    """Steps of ``propose(now, live)`` for as long as they lower a sample's residual.
+
+    Returns:
+        the best iterate of each sample, and the steps it took.
+    """
     enough = problem.target_norms(tol)
     norm = now.residual.norm(dim=1)
     live = norm > enough
@@ -166,29 +171,33 @@ def _iht(problem: Problem, steps: int, tol: float | None, refit: bool) -> Soluti
     for _ in range(steps):
         if not bool(live.any()):
             break
-        dense = (step * matrix.correlate(now.residual)).scatter_add_(1, now.features, now.values)
-        features, values = _largest(dense, k)
-        new = _Iterate(features, values, problem.residual(features, values))
+        new = propose(now, live)
         new_norm = new.residual.norm(dim=1)
         better = live & (new_norm < norm)
         now = _keep(better, new, now)
         rounds += live
         live = better & (new_norm < (1 - _STALL) * norm) & (new_norm > enough)
         norm = torch.where(better, new_norm, norm)
-    return _solution(problem, now, rounds, refit)
+    return now, rounds
+
+
+def _iht(problem: Problem, steps: int, tol: float | None, refit: bool) -> Solution:
+    matrix = problem.matrix
+    step = 1 / squared_norm(matrix)
+
+    def propose(now: _Iterate, live: Tensor) -> _Iterate:
+        dense = (step * matrix.correlate(now.residual)).scatter_add_(1, now.features, now.values)
+        features, values = _largest(dense, problem.k)
+        return _Iterate(features, values, problem.residual(features, values))
+
+    return _solution(problem, *_descend(problem, _start(problem), propose, steps, tol), refit)
 
 
 def _niht(problem: Problem, steps: int, tol: float | None, refit: bool, *, pursue: bool) -> Solution:
     matrix, k = problem.matrix, problem.k
-    now = _start(problem)
-    enough = problem.target_norms(tol)
     tiny = torch.finfo(problem.targets.dtype).tiny
-    norm = now.residual.norm(dim=1)
-    live = norm > enough
-    rounds = torch.zeros_like(now.features[:, 0])
-    for _ in range(steps):
-        if not bool(live.any()):
-            break
+
+    def propose(now: _Iterate, live: Tensor) -> _Iterate:
         gradient = matrix.correlate(now.residual)
         on_support = gradient.gather(1, now.features)
         moved = problem.combine(now.features, on_support)
@@ -197,7 +206,7 @@ def _niht(problem: Problem, steps: int, tol: float | None, refit: bool, *, pursu
         pending = live
         new = now
         # At most 40 cuts: the step is then below rounding error, whatever it was.
-        for _cut in range(40):
+        for _ in range(40):
             features, values = _largest(x + step.unsqueeze(1) * gradient, k)
             new = _keep(pending, _Iterate(features, values, problem.residual(features, values)), new)
             same = (features.sort(dim=1).values == now.features.sort(dim=1).values).all(dim=1)
@@ -208,47 +217,35 @@ def _niht(problem: Problem, steps: int, tol: float | None, refit: bool, *, pursu
             if not bool(pending.any()):
                 break
             step = torch.where(pending, step / (_SHRINK * (1 - _SLACK)), step)
-        if pursue:
-            values, taken = solve_support(problem, new.features, live.unsqueeze(1).expand(-1, k))
-            new = _Iterate(new.features, values * taken, problem.residual(new.features, values * taken))
-        new_norm = new.residual.norm(dim=1)
-        better = live & (new_norm < norm)
-        now = _keep(better, new, now)
-        rounds += live
-        live = better & (new_norm < (1 - _STALL) * norm) & (new_norm > enough)
-        norm = torch.where(better, new_norm, norm)
-    return _solution(problem, now, rounds, refit)
+        if not pursue:
+            return new
+        values, taken = solve_support(problem, new.features, live.unsqueeze(1).expand(-1, k))
+        return _Iterate(new.features, values * taken, problem.residual(new.features, values * taken))
+
+    return _solution(problem, *_descend(problem, _start(problem), propose, steps, tol), refit)
 
 
 def _exchange(problem: Problem, added: int, steps: int, tol: float | None) -> Solution:
     matrix, k = problem.matrix, problem.k
     extra = min(added * k, matrix.d_sae - k)
-    enough = problem.target_norms(tol)
-    features = _start(problem).features
-    everything = torch.ones_like(features, dtype=torch.bool)
-    values, _ = solve_support(problem, features, everything)
-    now = _Iterate(features, values, problem.residual(features, values))
-    norm = now.residual.norm(dim=1)
-    rounds = torch.ones_like(features[:, 0])
-    live = (norm > enough) if extra else torch.zeros_like(norm, dtype=torch.bool)
-    for _ in range(steps - 1):
-        if not bool(live.any()):
-            break
-        held = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=values.device)
+
+    def solved(features: Tensor) -> _Iterate:
+        values, _ = solve_support(problem, features, torch.ones_like(features, dtype=torch.bool))
+        return _Iterate(features, values, problem.residual(features, values))
+
+    def propose(now: _Iterate, live: Tensor) -> _Iterate:
+        held = torch.zeros(problem.batch, matrix.d_sae, dtype=torch.bool, device=now.values.device)
         score = selection.scores(
-            matrix.correlate(now.residual), held.scatter_(1, now.features, True), False, torch.zeros_like(norm)
+            matrix.correlate(now.residual),
+            held.scatter_(1, now.features, True),
+            False,
+            torch.zeros_like(now.values[:, 0]),
         )
         _, more = selection.best(score, extra)
         pool = torch.cat([now.features, more], dim=1)
         pooled, _ = solve_support(problem, pool, torch.ones_like(pool, dtype=torch.bool))
         _, place = selection.best(pooled.abs(), k)
-        features = pool.gather(1, place)
-        values, _ = solve_support(problem, features, everything)
-        new = _Iterate(features, values, problem.residual(features, values))
-        new_norm = new.residual.norm(dim=1)
-        better = live & (new_norm < norm)
-        now = _keep(better, new, now)
-        rounds += live
-        live = better & (new_norm < (1 - _STALL) * norm) & (new_norm > enough)
-        norm = torch.where(better, new_norm, norm)
-    return _solution(problem, now, rounds, False)
+        return solved(pool.gather(1, place))
+
+    now, rounds = _descend(problem, solved(_start(problem).features), propose, steps - 1 if extra else 0, tol)
+    return _solution(problem, now, rounds + 1, False)  # the first solution counts
