@@ -94,7 +94,8 @@ def spams_omp(h: Tensor, dense: Tensor, k: int, dtype: type[np.floating], thread
     """SPAMS' ``omp``, which selects as orthogonal least squares does."""
     spams = importlib.import_module("spams")
     samples, columns = (np.asfortranarray(tensor.numpy().T.astype(dtype)) for tensor in (h, dense))
-    return lambda: spams.omp(samples, columns, L=k, numThreads=threads)
+    # Without eps it now and then returned codes that were empty.
+    return lambda: spams.omp(samples, columns, L=k, eps=0.0, numThreads=threads)
 
 
 def batched_omp(h: Tensor, dense: Tensor, k: int, algorithm: str) -> Codes:
