@@ -106,6 +106,18 @@ def test_a_truncated_checkpoint(keep: int, tmp_path: Path) -> None:
         Checkpoint(path, IDENTITY).load()
 
 
+@pytest.mark.parametrize("where", ["a weight", "a number"])
+def test_an_altered_checkpoint(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    Checkpoint(path, IDENTITY).save(state())
+    content = bytearray(path.read_bytes())
+    place = len(content) - 1 if where == "a weight" else content.index(b'step\\": 7') + len(b'step\\": ')
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="its content is not what was written"):
+        Checkpoint(path, IDENTITY).load()
+
+
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

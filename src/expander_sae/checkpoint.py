@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,9 +33,11 @@ class Checkpoint:
         """Replace the file with ``(tensors, numbers)``. Raises ``OSError`` if it cannot be written."""
         tensors, numbers = state
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = {"identity": json.dumps(self.identity), "numbers": json.dumps(numbers)}
+        header["sha256"] = _digest(stored, header)
         with files.atomic_path(self.path) as temporary:
             try:
-                save_file(stored, temporary, {"identity": json.dumps(self.identity), "numbers": json.dumps(numbers)})
+                save_file(stored, temporary, header)
             except SafetensorError as error:  # it wraps the operating system's errors
                 raise OSError(f"could not write {self.path}: {error}") from error
 
@@ -41,7 +45,7 @@ class Checkpoint:
         """The saved state, or ``None`` if there is none.
 
         Raises:
-            ValueError: unreadable, or of a run with another configuration; the differing fields are named.
+            ValueError: unreadable, altered, or of a run with another configuration; the differing fields are named.
         """
         if not self.path.exists():
             return None
@@ -49,6 +53,8 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if header.pop("sha256") != _digest(tensors, header):
+                raise ValueError("its content is not what was written")
             identity, numbers = json.loads(header["identity"]), json.loads(header["numbers"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ValueError(
@@ -61,6 +67,15 @@ class Checkpoint:
                 "another out folder, or restart to discard it."
             )
         return tensors, numbers
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    """SHA-256 of everything in the file."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _differences(saved: Any, asked: Any, name: str = "") -> list[str]:
