@@ -316,11 +316,18 @@ def reproduce_amortisation(
     out: Annotated[Path, _OUT] = Path("runs/amortisation"),
     quick: Annotated[bool, _QUICK] = False,
     seeds: Annotated[int | None, _SEEDS] = None,
+    dense_pursuit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also train the full-width dense SAE by pursuit: longer than all others. Default yes, quick no."
+        ),
+    ] = None,
 ) -> None:
     """What the own encoder leaves on the table against OMP: expander, dense and matched-width dense SAEs."""
     from expander_sae.experiments import amortisation
 
     size = amortisation.QUICK if quick else amortisation.FULL
+    size = size if dense_pursuit is None else replace(size, dense_pursuit=dense_pursuit)
     amortisation.run_amortisation(out, replace(size, seeds=tuple(range(seeds))) if seeds else size)
 
 

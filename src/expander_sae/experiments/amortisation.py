@@ -122,7 +122,7 @@ def run_amortisation(out: str | Path = "runs/amortisation", size: AmortisationSi
     ]
     if not size.dense_pursuit:
         notes.append(
-            "The full-width dense SAE trained by pursuit is left out of a quick run: it takes longer than all others."
+            "The full-width dense SAE trained by pursuit is left out: it takes longer than all others together."
         )
     write_results(out, table, COLUMNS, {"size": asdict(size), "arms": settings}, title, notes)
     plot_amortisation(table, out / "amortisation.png", title)
