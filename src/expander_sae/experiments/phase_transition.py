@@ -154,7 +154,8 @@ def run_phase_transition(out: str | Path, config: PhaseConfig) -> list[dict[str,
         fit = fit_transition([c["rho"] for c in row], [c["successes"] for c in row], [c["trials"] for c in row])
         k50 = fit["rho50"] * m if fit["rho50"] is not None else None
         transitions.append({"delta": delta, "m": m, "k50": k50} | fit)
-    title = f"Recovery by {config.solver}, {describe(config)}"
+    chosen = "".join(f" {name}={value}" for name, value in config.options.items())
+    title = f"Recovery by {config.solver}{chosen}, {describe(config)}"
     notes = [
         f"{config.trials} problems a cell over {config.draws} draws of the dictionary; recovered: relative error of "
         f"the code at most {config.success_below:g}. Coefficients: {config.coefficients}. 50 %: maximum-likelihood "
