@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_run import Run, Shape, close, times
+from benchmarks.step import loop_step
 from expander_sae import ops
 from expander_sae.mask import Mask
 from expander_sae.ops import library, reference
@@ -90,7 +90,7 @@ def replan(cut: Any, n: int, k: int, **changes: int) -> Any:
 
 
 def time_step(run: Run, shapes: list[Shape], dense_shapes: list[Shape], batch: int) -> None:
-    """Forward, backward, clip and Adam as the training loop does them, with peak memory."""
+    """The training loop's own step, with peak memory."""
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             m, n, d, k = shape
@@ -108,28 +108,18 @@ def step_case(run: Run, kind: str, build: Callable[[], SAE], shape: Shape, dtype
     m, n, d, k = shape
     with run.guarded("step", f"{kind} {shape} {dtype}"):
         sae = build().to(run.device, dtype)
-        optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3, foreach=True)
         h = run.normal(batch, m, dtype=dtype)
-        losses: list[Tensor] = []
-
-        def step() -> None:
-            _, recon = sae.encode_decode(h)
-            loss = (h - recon).square().sum(dim=1).mean()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimiser.step()
-            losses.append(loss.detach())
-
-        step()
+        step = loop_step(sae, h, lr=1e-2)  # a fall of the loss must show in bfloat16
+        first = step()
         entry: dict[str, Any] = {"case": f"{kind} m={m} n={n} d={d} k={k} B={batch} {str(dtype)[6:]}"}
         entry["step_extra_bytes"] = run.peak(step)
         entry |= times("step", run.time(step, turns=10), batch)
         entry["kernels_us"] = run.kernels(step)
         if run.device.type == "cuda":
             entry["peak_bytes_all"] = torch.cuda.max_memory_allocated()
-        entry["losses"] = [round(float(loss), 4) for loss in (losses[0], losses[-1])]
-        if not losses[-1] < losses[0]:
+        last = step()
+        entry["losses"] = [round(first, 4), round(last, 4)]
+        if not last < first:
             run.failures += 1
             entry["error"] = "the loss did not fall"
         run.note("step", entry)

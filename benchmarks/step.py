@@ -101,9 +101,9 @@ def _saelens(race: Race, shape: Shape, template: SAE, h: Tensor, loss: float, ne
             race.note(name, "same loss")
 
 
-def loop_step(sae: SAE, h: Tensor) -> Callable[[], float]:
+def loop_step(sae: SAE, h: Tensor, lr: float = TrainConfig.lr) -> Callable[[], float]:
     """The training loop's own step, always on ``h``; returns its loss."""
-    config = TrainConfig(steps=1 << 30, batch_size=len(h), resample_every=0)
+    config = TrainConfig(steps=1 << 30, batch_size=len(h), lr=lr, resample_every=0)
     loop = _Loop(sae, TensorSource(h), config)
     loop.batches = itertools.repeat(h)
 

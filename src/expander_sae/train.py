@@ -87,6 +87,13 @@ class TrainConfig:
         return (self.lr_final + (self.lr - self.lr_final) * cosine) * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
+def mean_and_variance(source: ActivationSource, seed: int) -> tuple[Tensor, float]:
+    """``h̄ (d_in,)`` in float64 and ``mean ‖h - h̄‖²``, both of a sample: where training starts from."""
+    sample = source.sample(min(_STATISTICS_ROWS, len(source)), seed).double()
+    mean = sample.mean(dim=0)
+    return mean, float((sample - mean).square().sum(dim=1).mean())
+
+
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite, or grew far above its start. The message names step, losses and checkpoint."""
 
@@ -185,9 +192,7 @@ class _Loop:
     def initialise(self) -> None:
         """Mean and variance of the activations, put to the use that the recipe asks for."""
         config = self.config
-        sample = self.source.sample(min(_STATISTICS_ROWS, len(self.source)), config.seed).to(self.device, torch.float64)
-        mean = sample.mean(dim=0)
-        self.variance = float((sample - mean).square().sum(dim=1).mean())
+        mean, self.variance = mean_and_variance(self.source, config.seed)
         if self.variance <= 0:
             raise ValueError("all sampled activations are equal: there is nothing to learn")
         if config.scale_activations:
@@ -195,7 +200,7 @@ class _Loop:
             self.variance = float(self.sae.d_in)
         if config.b_dec_init == "mean":
             with torch.no_grad():
-                self.sae.b_dec.copy_(mean * self.scale)
+                self.sae.b_dec.copy_(mean.to(self.device) * self.scale)
 
     def step(self, step: int) -> None:
         """One optimiser step."""

@@ -20,9 +20,9 @@ from expander_sae.experiments.embedded import (
     sizes_without_seeds,
     trained,
 )
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.report.pursuit import plot_amortisation
-from expander_sae.report.table import Column, number, print_table, spread
+from expander_sae.report.table import Column, number, spread
 
 FIGURES = (
     "relative_error", "fvu", "ce_recovered", "omp_relative_error", "omp_fvu", "omp_ce_recovered", "gap",
@@ -124,8 +124,6 @@ def run_amortisation(out: str | Path = "runs/amortisation", size: AmortisationSi
         notes.append(
             "The full-width dense SAE trained by pursuit is left out: it takes longer than all others together."
         )
-    write_results(out, table, COLUMNS, {"size": asdict(size), "arms": settings}, title, notes)
-    plot_amortisation(table, out / "amortisation.png", title)
-    print_table(table, COLUMNS, title)
-    print("\n".join(notes) + f"\n\nWrote results.json, results.md and amortisation.png in {out}.")
+    facts = {"size": asdict(size), "arms": settings}
+    conclude(out, table, COLUMNS, facts, title, notes, "amortisation.png", plot_amortisation)
     return table

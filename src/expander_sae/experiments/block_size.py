@@ -15,13 +15,13 @@ from torch import Tensor
 
 from expander_sae.dictionary import ExpanderDictionary, ExpanderMatrix
 from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
 from expander_sae.pursuit import omp
 from expander_sae.report.pursuit import plot_block_size
-from expander_sae.report.table import Column, number, print_table, spread
+from expander_sae.report.table import Column, number, spread
 
 COLUMNS = (
     Column("where", lambda row: str(row["where"])),
@@ -115,10 +115,7 @@ def run_block_size(
         f"gaussian: no structure at all. Columns with Gaussian entries, unit norm. Median of {size.repeats} calls, "
         f"{torch.get_num_threads()} threads. ± is the deviation over samples.",
     ]
-    write_results(out, table, COLUMNS, {"size": asdict(size)}, title, notes)
-    plot_block_size(table, out / "block-size.png", title)
-    print_table(table, COLUMNS, title)
-    print("\n".join(notes) + f"\n\nWrote results.json, results.md and block-size.png in {out}.")
+    conclude(out, table, COLUMNS, {"size": asdict(size)}, title, notes, "block-size.png", plot_block_size)
     return table
 
 

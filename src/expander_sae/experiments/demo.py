@@ -11,10 +11,10 @@ from typing import Any
 from expander_sae import lm as language
 from expander_sae.evaluate import evaluation_rows
 from expander_sae.experiments.embedded import LAYER, PRESET, WINDOW, activations, train_arm
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.recipe import resolve
 from expander_sae.report.frontier import plot_frontier
-from expander_sae.report.table import EVALUATION_COLUMNS, print_table
+from expander_sae.report.table import EVALUATION_COLUMNS
 
 METRICS = ("relative_error", "fvu", "l0", "ce_clean", "ce_zero", "ce_recon", "ce_recovered", "replaced", "tokens")
 
@@ -99,10 +99,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 
     ]
     title = f"Storage and fidelity, {PRESET.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
     settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
-    write_results(out, rows, EVALUATION_COLUMNS, settings, title, notes)
-    plot_frontier(rows, out / "frontier.png", title)
-    print_table(rows, EVALUATION_COLUMNS, title)
-    print("\n".join(notes))
-    print(f"\nWrote {out / 'results.json'}, {out / 'results.md'}, {out / 'frontier.png'} and {len(saes)} SAE folders.")
+    folders = (f"{len(saes)} SAE folders",)
+    conclude(out, rows, EVALUATION_COLUMNS, settings, title, notes, "frontier.png", plot_frontier, also=folders)
     print(f"Took {time.perf_counter() - began:.0f} s.")
     return rows

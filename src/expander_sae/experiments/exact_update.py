@@ -15,13 +15,13 @@ from expander_sae.dictionary_update import alternate, refit_dictionary
 from expander_sae.evaluate import reconstruction
 from expander_sae.experiments.cells import Cells
 from expander_sae.experiments.embedded import PRESET, activations
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.recipe import resolve
 from expander_sae.report.pursuit import plot_dictionary_update
-from expander_sae.report.table import Column, number, print_table
+from expander_sae.report.table import Column, number
 from expander_sae.sae import SAE
 from expander_sae.sources import ActivationSource, TensorSource
-from expander_sae.train import train
+from expander_sae.train import mean_and_variance, train
 
 COLUMNS = (
     Column("degree", number("degree", "d")),
@@ -105,10 +105,7 @@ def run_dictionary_update(out: str | Path = "runs/dictionary-update", size: Upda
         "Adam + exact: one update after the run.",
         f"Seconds of learning, {torch.get_num_threads()} threads. Silent: features that coded no held-out vector.",
     ]
-    write_results(out, rows, COLUMNS, {"size": asdict(size)}, title, notes)
-    plot_dictionary_update(rows, out / "dictionary-update.png", title)
-    print_table(rows, COLUMNS, title)
-    print("\n".join(notes) + f"\n\nWrote results.json, results.md and dictionary-update.png in {out}.")
+    conclude(out, rows, COLUMNS, {"size": asdict(size)}, title, notes, "dictionary-update.png", plot_dictionary_update)
     return rows
 
 
@@ -135,8 +132,7 @@ def _exact(
     sae = resolve(settings).sae.build(store.d_in)
     seconds, began = 0.0, time.perf_counter()
     with torch.no_grad():  # as preset `pursuit` starts
-        sample = store.sample(min(16_384, len(store)), settings["seed"])
-        sae.b_dec.copy_(sample.double().mean(dim=0))
+        sae.b_dec.copy_(mean_and_variance(store, settings["seed"])[0])
     for done, _ in enumerate(alternate(sae, store, rounds, rows=rows, seed=settings["seed"])):
         seconds += time.perf_counter() - began
         print(

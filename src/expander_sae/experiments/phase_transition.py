@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from torch import Tensor
 from expander_sae import files
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
 from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.mask import KINDS, Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
 from expander_sae.pursuit import check_options, solver
 from expander_sae.report.phase import plot_phase_transition
-from expander_sae.report.table import Column, number, print_table
+from expander_sae.report.table import Column, number
 
 DENSE = "dense"
 VALUES = ("flat", "gaussian", "binary")
@@ -161,12 +162,9 @@ def run_phase_transition(out: str | Path, config: PhaseConfig) -> list[dict[str,
         f"the code at most {config.success_below:g}. Coefficients: {config.coefficients}. 50 %: maximum-likelihood "
         "logistic in ρ at each δ.",
     ]
-    settings = asdict(config)
-    write_results(out, transitions, COLUMNS, settings, title, notes)
     files.atomic_write_bytes(out / "map.csv", _csv(grid))
-    plot_phase_transition(grid, transitions, out / "map.png", title)
-    print_table(transitions, COLUMNS, title)
-    print("\n".join(notes) + f"\n\nWrote map.csv, map.png, results.json and results.md in {out}.")
+    plot = partial(plot_phase_transition, grid)
+    conclude(out, transitions, COLUMNS, asdict(config), title, notes, "map.png", plot, also=("map.csv",))
     return transitions
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from expander_sae.experiments.cells import Cells
 from expander_sae.experiments.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
-from expander_sae.experiments.record import write_results
+from expander_sae.experiments.record import conclude
 from expander_sae.progress import progress
 from expander_sae.pursuit import SOLVERS
 from expander_sae.report.pursuit import plot_solvers
-from expander_sae.report.table import Column, number, print_table, spread
+from expander_sae.report.table import Column, number, spread
 from expander_sae.sae import SAE
 
 OWN = "own encoder"
@@ -115,10 +115,7 @@ def run_pursuits(out: str | Path = "runs/omp", size: PursuitsSize = FULL) -> lis
         f"Time a sample in one batch of all samples, {torch.get_num_threads()} threads. A dash: the solver does not "
         "take such a dictionary.",
     ]
-    write_results(out, table, COLUMNS, {"size": asdict(size)}, title, notes)
-    plot_solvers(table, out / "solvers.png", title)
-    print_table(table, COLUMNS, title)
-    print("\n".join(notes) + f"\n\nWrote results.json, results.md and solvers.png in {out}.")
+    conclude(out, table, COLUMNS, {"size": asdict(size)}, title, notes, "solvers.png", plot_solvers)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from expander_sae import __version__, files, ops
-from expander_sae.report.table import Column, markdown_table
+from expander_sae.report.table import Column, Row, markdown_table, print_table
 
 
 def environment() -> dict[str, Any]:
@@ -30,16 +30,46 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_results(
-    folder: str | Path,
-    rows: Sequence[Mapping[str, Any]],
+def conclude(
+    folder: Path,
+    rows: Sequence[Row],
     columns: Sequence[Column],
     settings: Mapping[str, Any],
     title: str,
-    notes: Sequence[str] = (),
+    notes: Sequence[str],
+    picture: str,
+    plot: Callable[[Sequence[Row], Path, str], None],
+    *,
+    also: Sequence[str] = (),
+) -> None:
+    """How every experiment ends: files written into ``folder``, table and notes printed, the files named.
+
+    Args:
+        folder: where to.
+        rows, columns: the table.
+        settings: what the result depends on.
+        title: over table and picture.
+        notes: under the table, a paragraph each.
+        picture: name of the PNG that ``plot(rows, path, title)`` writes.
+        also: other things the experiment has put there, for the last line.
+    """
+    write_results(folder, rows, columns, settings, title, notes)
+    plot(rows, folder / picture, title)
+    print_table(rows, columns, title)
+    print("\n".join(notes))
+    *written, last = "results.json", "results.md", picture, *also
+    print(f"\nWrote {', '.join(written)} and {last} in {folder}.")
+
+
+def write_results(
+    folder: Path,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    settings: Mapping[str, Any],
+    title: str,
+    notes: Sequence[str],
 ) -> None:
     """``results.json`` (everything) and ``results.md`` (table and notes) in ``folder``."""
-    folder = Path(folder)
     whole = {
         "title": title,
         "settings": settings,

@@ -55,6 +55,16 @@ def ssmp(
     return run(lambda problem: _ssmp(problem, factor, rounds), h, matrix, k, b_dec, cells=memory_cells)
 
 
+def _expander(problem: Problem) -> ExpanderMatrix:
+    assert isinstance(problem.matrix, ExpanderMatrix)  # :func:`expander_only` let nothing else through
+    return problem.matrix
+
+
+def _enough(problem: Problem) -> Tensor:
+    """``(B,)``: the ``‖r‖₁`` of a sample that is done."""
+    return problem.floor * problem.targets.shape[1] ** 0.5
+
+
 def _keep_largest(x: Tensor, count: int) -> Tensor:
     _, features = selection.best(x.abs(), min(count, x.shape[1]))
     return torch.zeros_like(x).scatter(1, features, x.gather(1, features))
@@ -69,13 +79,11 @@ def _weighted_median(ratios: Tensor, weights: Tensor) -> Tensor:
 
 
 def _smp(problem: Problem, steps: int) -> Solution:
-    matrix, targets = problem.matrix, problem.targets
-    assert isinstance(matrix, ExpanderMatrix)
-    combine, k = synthesis(matrix), problem.k
+    matrix, targets, k = _expander(problem), problem.targets, problem.k
+    combine = synthesis(matrix)
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     best_x, residual = x, targets
-    least = targets.abs().sum(dim=1)
-    enough = problem.floor * targets.shape[1] ** 0.5
+    least, enough = targets.abs().sum(dim=1), _enough(problem)
     rounds = torch.zeros(problem.batch, dtype=torch.int64, device=targets.device)
     live = least > enough
     for _ in range(steps):
@@ -96,13 +104,11 @@ def _smp(problem: Problem, steps: int) -> Solution:
 
 
 def _ssmp(problem: Problem, factor: int, rounds: int) -> Solution:
-    matrix, targets = problem.matrix, problem.targets
-    assert isinstance(matrix, ExpanderMatrix)
-    combine, k = synthesis(matrix), problem.k
+    matrix, targets, k = _expander(problem), problem.targets, problem.k
+    combine = synthesis(matrix)
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     best_x, residual = x, targets
-    least = targets.abs().sum(dim=1)
-    enough = problem.floor * targets.shape[1] ** 0.5
+    least, enough = targets.abs().sum(dim=1), _enough(problem)
     updates = torch.zeros(problem.batch, dtype=torch.int64, device=targets.device)
     live = least > enough
     for _ in range(rounds):
@@ -161,8 +167,7 @@ def robust_l0(
 
 
 def _robust(problem: Problem, noise: float, gain: float, steps: int) -> Solution:
-    matrix, targets, k = problem.matrix, problem.targets, problem.k
-    assert isinstance(matrix, ExpanderMatrix)
+    matrix, targets, k = _expander(problem), problem.targets, problem.k
     combine, degree = synthesis(matrix), matrix.rows.shape[1]
     length = targets.norm(dim=1)
     sigma2 = ((noise * length) ** 2 / matrix.d_in + problem.floor**2)[:, None, None]

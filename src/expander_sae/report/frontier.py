@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expander_sae import files
+from expander_sae.report import picture
 
 _MARKERS = {"expander": ("o", "#1b6ca8"), "dense": ("s", "#b04a2f")}
 
@@ -17,9 +17,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
     A full marker is an SAE under its own encoder, the hollow one joined to it the same dictionary read by OMP.
     ``rows`` are those of :func:`~expander_sae.evaluate.evaluation_rows`.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = picture.figure(11, 4.6)
     panels = (("fvu", "FVU on held-out text (lower is better)"), ("ce_recovered", "CE recovered (higher is better)"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for kind, (marker, colour) in _MARKERS.items():
@@ -44,5 +42,4 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.suptitle(f"{title}; hollow: the same dictionary read by OMP", fontsize=11)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    picture.save(figure, path)

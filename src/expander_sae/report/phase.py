@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expander_sae import files
+from expander_sae.report import picture
 
 
 def plot_phase_transition(
@@ -18,9 +18,7 @@ def plot_phase_transition(
     ``cells`` have ``delta``, ``rho``, ``rate``; ``transitions`` have ``delta``, ``rho10``, ``rho50``, ``rho90``
     (``None``: no fit).
     """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+    figure = picture.figure(7.5, 5.6)
     axes = figure.subplots()
     # Rectangles, not a mesh: k is an integer, so that every δ has heights of its own.
     columns = sorted({cell["delta"] for cell in cells})
@@ -51,8 +49,7 @@ def plot_phase_transition(
     if fitted:
         axes.legend(loc="upper left", facecolor="0.35", labelcolor="white", framealpha=0.8)
     figure.colorbar(axes.collections[0], ax=axes, label="share of codes recovered")
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    picture.save(figure, path)
 
 
 def _borders(centres: Sequence[float]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expander_sae import files
+from expander_sae.report import picture
 
 Rows = Sequence[Mapping[str, Any]]
 _COLOURS = ("#1b6ca8", "#b04a2f", "#3f8f4f", "#7b4ea3", "#8a6d1d", "#444444")
@@ -20,7 +20,7 @@ def plot_solvers(rows: Rows, path: str | Path, title: str) -> None:
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
     ks, whole = sorted({row["k"] for row in rows}), max(row["samples"] for row in rows)
-    figure = _figure_class()(figsize=(6 * len(names), 5.2), layout="constrained")
+    figure = picture.figure(6 * len(names), 5.2)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for k, colour in zip(ks, _COLOURS, strict=False):
             points = [row for row in rows if (row["name"], row["k"], row["samples"]) == (name, k, whole)]
@@ -44,7 +44,8 @@ def plot_solvers(rows: Rows, path: str | Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("relative error on held-out activations")
     figure.axes[0].legend(frameon=False)
-    _save(figure, path, title)
+    figure.suptitle(title)
+    picture.save(figure, path)
 
 
 def plot_amortisation(rows: Rows, path: str | Path, title: str) -> None:
@@ -52,7 +53,7 @@ def plot_amortisation(rows: Rows, path: str | Path, title: str) -> None:
 
     ``rows`` have ``name``, ``relative_error``, ``ce_recovered`` and the same with ``omp_``.
     """
-    figure = _figure_class()(figsize=(11, 1.5 + 0.42 * len(rows)), layout="constrained")
+    figure = picture.figure(11, 1.5 + 0.42 * len(rows))
     panels = (
         ("relative_error", "relative error (lower is better)"),
         ("ce_recovered", "CE recovered (higher is better)"),
@@ -68,7 +69,8 @@ def plot_amortisation(rows: Rows, path: str | Path, title: str) -> None:
     figure.axes[0].set_yticks(list(places), [row["name"] for row in rows])
     figure.axes[0].invert_yaxis()
     figure.axes[0].legend(frameon=False)
-    _save(figure, path, title)
+    figure.suptitle(title)
+    picture.save(figure, path)
 
 
 def plot_block_size(rows: Rows, path: str | Path, title: str) -> None:
@@ -78,7 +80,7 @@ def plot_block_size(rows: Rows, path: str | Path, title: str) -> None:
     """
     kinds = list(dict.fromkeys(row["data"] for row in rows))
     lines = list(dict.fromkeys((row["where"], row["rule"]) for row in rows))
-    figure = _figure_class()(figsize=(6 * len(kinds), 4.8), layout="constrained")
+    figure = picture.figure(6 * len(kinds), 4.8)
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for (where, rule), colour in zip(lines, _COLOURS, strict=False):
             line = [row for row in rows if (row["data"], row["where"], row["rule"]) == (kind, where, rule)]
@@ -93,7 +95,8 @@ def plot_block_size(rows: Rows, path: str | Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("relative error")
     figure.axes[0].legend(frameon=False)
-    _save(figure, path, title)
+    figure.suptitle(title)
+    picture.save(figure, path)
 
 
 def plot_dictionary_update(rows: Rows, path: str | Path, title: str) -> None:
@@ -102,7 +105,7 @@ def plot_dictionary_update(rows: Rows, path: str | Path, title: str) -> None:
     ``rows`` have ``degree``, ``seed``, ``method``, ``seconds`` and ``fvu``; seeds are drawn as lines of one colour.
     """
     degrees, methods = sorted({row["degree"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
-    figure = _figure_class()(figsize=(6 * len(degrees), 4.8), layout="constrained")
+    figure = picture.figure(6 * len(degrees), 4.8)
     for axes, degree in zip(figure.subplots(1, len(degrees), squeeze=False)[0], degrees, strict=True):
         for method, colour in zip(methods, _COLOURS, strict=False):
             for number, seed in enumerate(sorted({row["seed"] for row in rows})):
@@ -115,16 +118,5 @@ def plot_dictionary_update(rows: Rows, path: str | Path, title: str) -> None:
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("FVU on held-out activations")
     figure.axes[0].legend(frameon=False)
-    _save(figure, path, title)
-
-
-def _figure_class() -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    return Figure
-
-
-def _save(figure: Any, path: str | Path, title: str) -> None:
     figure.suptitle(title)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    picture.save(figure, path)
