@@ -15,9 +15,9 @@ from benchmarks.cases import Shape, activations, expander_sae
 from benchmarks.checks import WrongAnswer, same_topk
 from benchmarks.measure import Race, Row, Settings
 from expander_sae.dictionary import ExpanderMatrix, Matrix
-from expander_sae.encoder import TopKEncoder
 from expander_sae.ops import SparseCode, reference
 from expander_sae.sae import SAE
+from expander_sae.sae.encoder import TopKEncoder
 
 OURS = "expander"
 Precision = Literal["highest", "medium"]

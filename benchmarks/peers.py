@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Shape
-from expander_sae.encoder import TopKEncoder
 from expander_sae.sae import SAE
+from expander_sae.sae.encoder import TopKEncoder
 
 NOT_INSTALLED = "not installed"
 _DISTRIBUTIONS = ("sae-lens", "scikit-learn", "spams-bin", "orthogonal-matching-pursuit-gpu")

@@ -14,7 +14,7 @@ import torch
 from benchmarks import peers
 from benchmarks.measure import Row, Settings
 from expander_sae import files
-from expander_sae.experiments.record import environment
+from expander_sae.environment import environment
 from expander_sae.ops import cpu
 from expander_sae.report.table import Column, markdown_table, print_table
 

@@ -15,10 +15,10 @@ from benchmarks.cases import Shape, activations, dense_sae, expander_sae
 from benchmarks.checks import WrongAnswer, same_number, same_pursuit, same_tensor
 from benchmarks.encode import PRECISIONS, Precision, matmul_precision
 from benchmarks.measure import Race, Row, Settings, fits
+from expander_sae.data.sources import TensorSource
 from expander_sae.pursuit import solver
 from expander_sae.sae import SAE
-from expander_sae.sources import TensorSource
-from expander_sae.train import TrainConfig, _Loop
+from expander_sae.training.trainer import TrainConfig, _Loop
 
 OURS = "expander TopK"
 PURSUIT_ENCODERS = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expander_sae.data.store import ActivationStore, StoreMeta, StoreWriter
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 from expander_sae.sae import SAE
-from expander_sae.store import ActivationStore, StoreMeta, StoreWriter
 
 WIDTH, ROWS = 16, 600
 

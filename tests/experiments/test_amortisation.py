@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from expander_sae.evaluate import reconstruction
+from expander_sae.data.store import ActivationStore
+from expander_sae.evaluation.in_model import reconstruction
 from expander_sae.experiments import amortisation
 from expander_sae.sae import SAE
-from expander_sae.store import ActivationStore
 
 SIZE = amortisation.AmortisationSize(
     tokens=0, windows=1, steps=30, batch_size=50, seeds=(0, 1), d_sae=32, k=3, degrees=(3,)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.embedded import over_seeds
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.embedded import over_seeds
 
 
 def test_a_cell_is_computed_once_even_across_runs(tmp_path: Path) -> None:

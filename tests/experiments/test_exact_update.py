@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from expander_sae.data.store import ActivationStore
 from expander_sae.experiments import exact_update
-from expander_sae.store import ActivationStore
 
 SIZE = exact_update.UpdateSize(
     tokens=0, held_out=0, samples=200, adam_steps=(10, 40), batch_size=50, round_rows=(100, 200), rounds=(3, 2),

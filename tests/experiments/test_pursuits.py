@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expander_sae.data.store import ActivationStore
 from expander_sae.experiments import pursuits
 from expander_sae.pursuit import SOLVERS, omp
 from expander_sae.sae import SAE
-from expander_sae.store import ActivationStore
 
 SIZE = pursuits.PursuitsSize(
     tokens=0, held_out=0, steps=30, batch_size=50, seeds=(0, 1), ks=(8, 9), degrees=(3,), d_sae=24, samples=20, few=3

@@ -8,11 +8,10 @@ import warnings
 
 import pytest
 import torch
+from support.lm import WORDS, tiny_lm
 
+from expander_sae.data.store import ActivationStore, Manifest, StoreError
 from expander_sae.lm import TextError, documents, harvest, pack, residual
-from expander_sae.store import ActivationStore, Manifest, StoreError
-
-from .conftest import WORDS, tiny_lm
 
 WINDOW = 16
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.lm import LAYERS, tiny_lm
 from torch import nn
 
 from expander_sae.lm import LanguageModel, continue_from, residual, splice
-
-from .conftest import LAYERS, tiny_lm
 
 
 def hidden_states(lm: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.lm import CONFIGS, LAYERS, tiny_lm
 from torch import nn
 
 from expander_sae.lm import PRESETS, ModelError, find_blocks, load_model, preset_for, residual
 from expander_sae.lm import models as models_module
-
-from .conftest import CONFIGS, LAYERS, tiny_lm
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.lm import WORDS, tiny_tokenizer
 
 from expander_sae.lm import TextError, documents, pack, sample_windows
 from expander_sae.lm.text import describe
-
-from .conftest import WORDS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

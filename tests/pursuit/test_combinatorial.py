@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.pursuit import dense, expander, gaussian, planted
 
 from expander_sae.dictionary import ExpanderMatrix
 from expander_sae.pursuit import (
@@ -20,8 +21,6 @@ from expander_sae.pursuit import (
     ssmp,
 )
 from expander_sae.pursuit.combinatorial import _disjoint_classes
-
-from .conftest import dense, expander, gaussian, planted
 
 EXACT = [parallel_l0, serial_l0, expander_recovery, lddsr, robust_l0, ssmp]
 ALL = [*EXACT, smp]

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Lasso
+from support.pursuit import M, N, gaussian, planted
 
 from expander_sae.dictionary import Matrix
 from expander_sae.pursuit import fista, ista, refit
-
-from .conftest import M, N, gaussian, planted
 
 
 @pytest.mark.parametrize("nonnegative", [False, True])

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pursuit import dense, expander, gaussian, needs_kernels, planted
 from torch import Tensor
 
 from expander_sae.dictionary import ExpanderMatrix
 from expander_sae.ops import cpu as kernels
 from expander_sae.pursuit import PursuitCode, matching_pursuit, omp
-
-from .conftest import dense, expander, gaussian, needs_kernels, planted
 
 pytestmark = needs_kernels
 

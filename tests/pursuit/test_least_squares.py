@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
+from support.pursuit import N, dense, expander, gaussian, planted
 
 from expander_sae.dictionary import DenseMatrix, Matrix
 from expander_sae.pursuit import matching_pursuit, omp, refit
 from expander_sae.pursuit.problem import whole_gram
-
-from .conftest import N, dense, expander, gaussian, planted
 
 
 def supports(batch: int, k: int) -> torch.Tensor:

@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
+from support.pursuit import N, dense, expander, gaussian, planted
 from torch import Tensor
 
 from expander_sae.dictionary import Matrix
 from expander_sae.pursuit import gradient_pursuit, matching_pursuit, omp, refit
-
-from .conftest import N, dense, expander, gaussian, planted
 
 
 def plain_matching_pursuit(h: Tensor, matrix: Matrix, steps: int, reselect: bool) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
+from support.pursuit import M, N, dense, expander, gaussian, planted
 from torch import Tensor
 
 from expander_sae.dictionary import DenseDictionary, DenseMatrix, ExpanderDictionary, ExpanderMatrix, Matrix
 from expander_sae.mask import Mask
 from expander_sae.pursuit import PursuitCode, ols, omp, selection
 from expander_sae.pursuit.problem import whole_gram
-
-from .conftest import M, N, dense, expander, gaussian, planted
 
 
 def residual(h: Tensor, matrix: Matrix, code: PursuitCode) -> Tensor:

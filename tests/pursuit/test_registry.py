@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.pursuit import M, N, expander, gaussian
 
 from expander_sae.pursuit import SOLVERS, PursuitCode, check_options, omp, options_of, solver
-
-from .conftest import M, N, expander, gaussian
 
 
 @pytest.mark.parametrize("name", SOLVERS)

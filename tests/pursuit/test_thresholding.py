@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.pursuit import N, gaussian, planted
 
 from expander_sae.dictionary import DenseMatrix, Matrix
 from expander_sae.pursuit import PursuitCode, cosamp, htp, iht, niht, omp, refit, subspace_pursuit
-
-from .conftest import N, gaussian, planted
 
 SOLVERS = [iht, niht, htp, cosamp, subspace_pursuit]
 FAST = [niht, htp, cosamp, subspace_pursuit]

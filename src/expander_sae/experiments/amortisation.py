@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.evaluate import evaluation_rows
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.demo import arms
-from expander_sae.experiments.embedded import (
+from expander_sae.evaluation.in_model import evaluation_rows
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.embedded import (
     LAYER,
     PRESET,
     WINDOW,
@@ -20,7 +19,8 @@ from expander_sae.experiments.embedded import (
     sizes_without_seeds,
     trained,
 )
-from expander_sae.experiments.record import conclude
+from expander_sae.experiments.common.record import conclude
+from expander_sae.experiments.demo import arms
 from expander_sae.report.pursuit import plot_amortisation
 from expander_sae.report.table import Column, number, spread
 

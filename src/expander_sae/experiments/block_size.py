@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from expander_sae.dictionary import ExpanderDictionary, ExpanderMatrix
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.record import conclude
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.record import conclude
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.evaluate import evaluation_rows
-from expander_sae.experiments.embedded import LAYER, PRESET, WINDOW, activations, train_arm
-from expander_sae.experiments.record import conclude
-from expander_sae.recipe import resolve
+from expander_sae.evaluation.in_model import evaluation_rows
+from expander_sae.experiments.common.embedded import LAYER, PRESET, WINDOW, activations, train_arm
+from expander_sae.experiments.common.record import conclude
 from expander_sae.report.frontier import plot_frontier
 from expander_sae.report.table import EVALUATION_COLUMNS
+from expander_sae.training.recipe import resolve
 
 METRICS = ("relative_error", "fvu", "l0", "ce_clean", "ce_zero", "ce_recon", "ce_recovered", "replaced", "tokens")
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from expander_sae.dictionary_update import alternate, refit_dictionary
-from expander_sae.evaluate import reconstruction
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.embedded import PRESET, activations
-from expander_sae.experiments.record import conclude
-from expander_sae.recipe import resolve
+from expander_sae.data.sources import ActivationSource, TensorSource
+from expander_sae.evaluation.in_model import reconstruction
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.embedded import PRESET, activations
+from expander_sae.experiments.common.record import conclude
 from expander_sae.report.pursuit import plot_dictionary_update
 from expander_sae.report.table import Column, number
 from expander_sae.sae import SAE
-from expander_sae.sources import ActivationSource, TensorSource
-from expander_sae.train import mean_and_variance, train
+from expander_sae.training.exact import alternate, refit_dictionary
+from expander_sae.training.recipe import resolve
+from expander_sae.training.trainer import mean_and_variance, train
 
 COLUMNS = (
     Column("degree", number("degree", "d")),

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from expander_sae import files
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.record import conclude
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.record import conclude
 from expander_sae.mask import KINDS, Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expander_sae.experiments.cells import Cells
-from expander_sae.experiments.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
-from expander_sae.experiments.record import conclude
+from expander_sae.experiments.common.cells import Cells
+from expander_sae.experiments.common.embedded import PRESET, activations, over_seeds, sizes_without_seeds, trained
+from expander_sae.experiments.common.record import conclude
 from expander_sae.progress import progress
 from expander_sae.pursuit import SOLVERS
 from expander_sae.report.pursuit import plot_solvers

@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 
+from expander_sae.data.store import (
+    MANIFEST,
+    ActivationStore,
+    Manifest,
+    StoreError,
+    StoreMeta,
+    StoreWriter,
+    planned_bytes,
+)
 from expander_sae.files import human_bytes
 from expander_sae.lm.embedded import Split
 from expander_sae.lm.hook import residual
 from expander_sae.lm.models import LanguageModel
 from expander_sae.lm.text import describe, documents, pack
 from expander_sae.progress import progress
-from expander_sae.store import MANIFEST, ActivationStore, Manifest, StoreError, StoreMeta, StoreWriter, planned_bytes
 
 _CALIBRATION_TOKENS = 4096  # positions whose median norm sets the limit of the norm guard
 

@@ -15,7 +15,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
     """FVU and CE recovered against bytes on disk, as a PNG written atomically.
 
     A full marker is an SAE under its own encoder, the hollow one joined to it the same dictionary read by OMP.
-    ``rows`` are those of :func:`~expander_sae.evaluate.evaluation_rows`.
+    ``rows`` are those of :func:`~expander_sae.evaluation.in_model.evaluation_rows`.
     """
     figure = picture.figure(11, 4.6)
     panels = (("fvu", "FVU on held-out text (lower is better)"), ("ce_recovered", "CE recovered (higher is better)"))

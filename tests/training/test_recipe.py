@@ -1,0 +1,222 @@
+"""Recipes: presets, files and flags into one checked configuration, and back."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from expander_sae.pursuit import SOLVERS
+from expander_sae.training.recipe import FIELDS, PRESETS, SAEConfig, parse_settings, read_config, resolve
+from expander_sae.training.trainer import TrainConfig
+
+
+def test_the_paper_is_the_defaults() -> None:
+    recipe = resolve({"preset": "paper"})
+    assert (recipe.sae, recipe.train) == (SAEConfig(), TrainConfig())
+    assert (recipe.sae.dictionary, recipe.sae.encoder, recipe.sae.relu) == ("expander", "tied", False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_builds(preset: str) -> None:
+    recipe = resolve({"preset": preset, "d_sae": 20, "k": 3, "degree": 4})
+    assert recipe.preset == preset
+    for name, value in PRESETS[preset].items():
+        assert recipe.to_dict()[name] == value
+    sae = recipe.sae.build(8)
+    assert (sae.d_in, sae.d_sae, sae.k) == (8, 20, 3)
+
+
+def test_later_settings_win_over_earlier_ones_and_both_over_the_preset() -> None:
+    recipe = resolve({"lr": 0.5, "k": 3, "preset": "paper"}, {"k": 4}, {"steps": 7, "k": 5})
+    assert (recipe.train.lr, recipe.sae.k, recipe.train.steps) == (0.5, 5, 7)
+    assert recipe.train.lr_final == TrainConfig().lr_final
+    assert resolve({"preset": "paper"}, {"preset": "modern", "lr": 0.1}).preset == "modern"
+    assert resolve().preset == "modern"
+
+
+def test_one_seed_for_both() -> None:
+    recipe = resolve({"seed": 5})
+    assert recipe.sae.seed == recipe.train.seed == 5
+
+
+def test_no_name_but_the_seed_means_two_things() -> None:
+    names = [{field.name for field in fields(section)} for section in (SAEConfig, TrainConfig)]
+    assert names[0] & names[1] == {"seed"}
+    assert set(FIELDS) == names[0] | names[1]
+    assert all(set(preset) <= set(FIELDS) for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_the_effective_settings_written_and_read_are_the_same(preset: str, suffix: str, tmp_path: Path) -> None:
+    recipe = resolve({"preset": preset, "lr": "1e-3", "encoder": "omp", "encoder_options": {"block": 4}, "aux_k": 0})
+    path = tmp_path / f"recipe{suffix}"
+    whole = recipe.to_dict()
+    path.write_text(json.dumps(whole) if suffix == ".json" else yaml.safe_dump(whole, sort_keys=False))
+    assert resolve(read_config(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["lr=1e-3"], {"lr": 1e-3}),
+        (["lr=1"], {"lr": 1.0}),
+        (["lr_final=0"], {"lr_final": 0.0}),
+        (["steps=200", "relu=true"], {"steps": 200, "relu": True}),
+        ([" steps = 200 "], {"steps": 200}),
+        (["relu=no"], {"relu": False}),
+        (["b_dec_init=mean"], {"b_dec_init": "mean"}),
+        (["steps=3", "steps=4"], {"steps": 4}),
+        (
+            ["encoder=omp", "encoder_options={block: 8, disjoint: true}"],
+            {"encoder_options": {"block": 8, "disjoint": True}},
+        ),
+        (["preset=paper"], {"preset": "paper"}),
+    ],
+)
+def test_settings_of_the_command_line(assignments: list[str], expected: dict[str, Any]) -> None:
+    whole = resolve(parse_settings(assignments)).to_dict()
+    for name, value in expected.items():
+        assert whole[name] == value
+        assert type(whole[name]) is type(value)
+
+
+@pytest.mark.parametrize("assignment", ["lr", "=3", "", " =3"])
+def test_not_an_assignment(assignment: str) -> None:
+    with pytest.raises(ValueError, match="expected name=value, got"):
+        parse_settings([assignment])
+
+
+@pytest.mark.parametrize("assignment", ["lr=[1", "lr={a", "lr='x", "lr=@", "lr=a: b: c"])
+def test_a_value_that_is_no_yaml(assignment: str) -> None:
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
+        parse_settings([assignment])
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert parse_settings(["name=a=b"]) == {"name": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "best"}, "unknown preset 'best'; choose one of 'paper', 'modern'"),
+        ({"preset": ["paper"]}, "unknown preset"),
+        ({"preset": None}, "unknown preset None"),
+        ({"learning_rate": 1}, "unknown setting 'learning_rate'; the settings are .*lr, lr_final"),
+        ({"zebra": 1, 3: 4}, "unknown setting 'zebra', 3"),
+        ({"steps": 2.5}, "steps must be of type int, got 2.5"),
+        ({"steps": "2e3"}, "steps must be of type int, got '2e3'"),
+        ({"steps": True}, "steps must be of type int, got True"),
+        ({"steps": None}, "steps must be of type int, got None"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"lr": "fast"}, "lr must be of type float, got 'fast'"),
+        ({"lr": None}, "lr must be of type float, got None"),
+        ({"lr": True}, "lr must be of type float"),
+        ({"lr": "nan"}, "lr"),
+        ({"lr_final": ".inf"}, "lr_final must be of type float, got '.inf'"),
+        ({"lr_final": float("inf")}, "lr_final must be finite"),
+        ({"relu": 1}, "relu must be of type bool, got 1"),
+        ({"dictionary": "sparse"}, "dictionary must be one of 'expander', 'dense', got 'sparse'"),
+        ({"dictionary": ["dense"]}, "dictionary must be one of"),
+        ({"mask": 7}, "mask must be one of"),
+        ({"encoder": "gated"}, "encoder must be 'tied', 'untied' or a pursuit"),
+        ({"encoder": 3}, "encoder must be of type str, got 3"),
+        ({"encoder_options": {"block": 3}}, "the tied encoder has no options"),
+        ({"encoder": "omp", "encoder_options": {"rounds": 3}}, "solver 'omp' has no option 'rounds'"),
+        ({"encoder": "omp", "encoder_options": 3}, "encoder_options must be a mapping"),
+    ],
+)
+def test_bad_settings(settings: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold `name: value` pairs, it holds a list"),
+        ("", "it holds a NoneType"),
+        ("lr: [1", "neither YAML nor JSON"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_bad_files(text: str, message: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"recipe{suffix}"
+    path.write_text(text)
+    if suffix == ".json" and text != "[1, 2]":
+        message = "neither YAML nor JSON"
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="neither YAML nor JSON"):
+        read_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 30}, "k must be between 1 and d_sae = 20, got 30"),
+        ({"k": 0}, "k must be between 1"),
+        ({"degree": 9}, "degree 9 exceeds d_in 8"),
+        ({"degree": 0}, "degree must be at least 1"),
+        ({"d_sae": 0}, "d_sae"),
+        ({"d_sae": 0, "dictionary": "dense"}, "d_in and d_sae must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve({"d_sae": 20, "k": 3, "degree": 4} | settings).sae.build(8)
+
+
+@pytest.mark.parametrize("encoder", ["tied", "untied", *SOLVERS])
+@pytest.mark.parametrize("dictionary", ["expander", "dense"])
+def test_every_combination_is_built(dictionary: str, encoder: str) -> None:
+    settings = {
+        "d_sae": 20,
+        "k": 3,
+        "degree": 4,
+        "dictionary": dictionary,
+        "encoder": encoder,
+        "mask": "balanced",
+        "relu": True,
+    }
+    sae = resolve(settings).sae.build(8)
+    assert sae.dictionary.kind == dictionary
+    assert sae.encoder.kind == encoder
+    if dictionary == "expander":
+        assert sae.config()["dictionary"]["mask"]["recipe"]["kind"] == "balanced"
+    if encoder in ("tied", "untied"):
+        assert sae.encoder.relu
+
+
+def test_the_seed_draws_mask_and_values() -> None:
+    builds = [resolve({"d_sae": 20, "k": 3, "degree": 4, "seed": seed}).sae.build(8) for seed in (0, 0, 1)]
+    assert builds[0].config() == builds[1].config() != builds[2].config()
+    assert (builds[0].dictionary.to_dense() == builds[1].dictionary.to_dense()).all()
+
+
+def test_every_setting_is_documented() -> None:
+    for section in (SAEConfig, TrainConfig):
+        body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+        for here, after in itertools.pairwise(body):
+            if isinstance(here, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), here.target.id  # type: ignore[union-attr]
+                assert isinstance(after.value, ast.Constant)
