@@ -25,8 +25,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner, Result
 
 import expander_sae
-from expander_sae.cli.app import app
-from expander_sae.data.store import ActivationStore, StoreMeta, StoreWriter
+from expander_sae.cli import app
+from expander_sae.data import ActivationStore, StoreMeta, StoreWriter
 from expander_sae.mask import Mask
 from expander_sae.sae import SAE
 from expander_sae.training.recipe import read_config
@@ -411,7 +411,7 @@ def test_a_fault_of_ours_still_shows(monkeypatch: pytest.MonkeyPatch, place: Pat
 
 def test_ctrl_c_while_training_then_the_same_command(place: Path, tmp_path: Path) -> None:
     settings = ["--store", place / "acts", *SMALL, "--steps", 500, "--set", "log_every=1"]
-    command = [sys.executable, "-m", "expander_sae.cli.app", "train", "--out", tmp_path / "cut", *settings]
+    command = [sys.executable, "-m", "expander_sae", "train", "--out", tmp_path / "cut", *settings]
     process = subprocess.Popen(
         [str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
     )

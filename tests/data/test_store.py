@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from expander_sae.data import store as store_module
-from expander_sae.data.store import (
+from expander_sae.data import (
     ActivationStore,
     Manifest,
     StoreError,
@@ -31,6 +30,7 @@ from expander_sae.data.store import (
     TensorSource,
     planned_bytes,
 )
+from expander_sae.data import writer as writer_module
 
 META = StoreMeta(
     model="toy",
@@ -194,7 +194,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_store
-from expander_sae.data import store
+from expander_sae.data import manifest, writer
 where, calls = {where!r}, 0
 def kill_self(original, at):
     def run(*args, **kwargs):
@@ -205,11 +205,11 @@ def kill_self(original, at):
         return original(*args, **kwargs)
     return run
 if where == "inside a shard":        # the temporary file is written, not yet renamed
-    store.sha256_file = kill_self(store.sha256_file, 2)
+    writer.sha256_file = kill_self(writer.sha256_file, 2)
 elif where == "before the manifest":  # the second shard is in place, the manifest (third) does not list it
-    store.Manifest.write = kill_self(store.Manifest.write, 3)
+    manifest.Manifest.write = kill_self(manifest.Manifest.write, 3)
 else:                                 # all shards listed, the store not yet marked complete (sixth)
-    store.Manifest.write = kill_self(store.Manifest.write, 6)
+    manifest.Manifest.write = kill_self(manifest.Manifest.write, 6)
 test_store.harvest(Path({folder!r}))
 """
 
@@ -226,7 +226,7 @@ test_store.harvest(Path({folder!r}))
 def test_resume_after_a_kill(folder: Path, tmp_path: Path, where: str, rows: int, leftovers: list[str]) -> None:
     killed = tmp_path / "killed"
     script = KILLED_HARVEST.format(tests=str(Path(__file__).parent), where=where, folder=str(killed))
-    source = str(Path(store_module.__file__).parents[2])
+    source = str(Path(writer_module.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": source + os.pathsep + os.environ.get("PYTHONPATH", "")}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -510,7 +510,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_disk_that_fills_up_leaves_a_store_to_resume(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, calls = store_module.save_file, itertools.count()
+    save, calls = writer_module.save_file, itertools.count()
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if next(calls) == 1:
@@ -518,7 +518,7 @@ def test_a_disk_that_fills_up_leaves_a_store_to_resume(
             raise SafetensorError("I/O error: No space left on device")
         save(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(store_module, "save_file", full)
+    monkeypatch.setattr(writer_module, "save_file", full)
     with pytest.raises(OSError, match=r"shard-00001.*No space left"):
         harvest(tmp_path / "full")
     assert sorted(os.listdir(tmp_path / "full")) == ["manifest.json", "shard-00000.safetensors"]

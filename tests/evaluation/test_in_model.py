@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expander_sae.data.sources import TensorSource
-from expander_sae.evaluation.in_model import (
+from expander_sae.evaluation import (
     ReconstructionMeter,
     ce_recovered,
     evaluate_in_model,
@@ -140,7 +140,7 @@ def test_reconstruction_of_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.fvu == pytest.approx(float((h - recon).square().sum() / (h - h.mean(0)).square().sum()), rel=1e-5)
     assert result.relative_error == pytest.approx(float(((h - recon).norm(dim=1) / h.norm(dim=1)).mean()), rel=1e-5)
     assert (result.l0, result.tokens) == (4, 300)
-    monkeypatch.setattr("expander_sae.evaluation.in_model._ROWS_AT_ONCE", 37)
+    monkeypatch.setattr("expander_sae.evaluation.metrics._ROWS_AT_ONCE", 37)
     assert reconstruction(sae, TensorSource(h)).fvu == pytest.approx(result.fvu, rel=1e-9)
     with pytest.raises(ValueError, match="the activations have width 5, the SAE reads d_in = 8"):
         reconstruction(sae, TensorSource(normal(10, 5)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expander_sae.data.store import ActivationStore, StoreMeta, StoreWriter
+from expander_sae.data import ActivationStore, StoreMeta, StoreWriter
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
 from expander_sae.sae import SAE

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from expander_sae.data.store import ActivationStore
-from expander_sae.evaluation.in_model import reconstruction
+from expander_sae.data import ActivationStore
+from expander_sae.evaluation import reconstruction
 from expander_sae.experiments import amortisation
 from expander_sae.sae import SAE
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expander_sae.data.store import ActivationStore
+from expander_sae.data import ActivationStore
 from expander_sae.experiments import exact_update
 
 SIZE = exact_update.UpdateSize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from typer.testing import CliRunner
 
-from expander_sae.cli.app import app
+from expander_sae.cli import app
 from expander_sae.experiments import phase_transition as pt
 
 SMALL = pt.PhaseConfig(n=80, deltas=(0.25, 0.5), rhos=(0.05, 0.2, 0.5, 0.9), trials=6, draws=2, degree=4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expander_sae.data.store import ActivationStore
+from expander_sae.data import ActivationStore
 from expander_sae.experiments import pursuits
 from expander_sae.pursuit import SOLVERS, omp
 from expander_sae.sae import SAE

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.lm import WORDS, tiny_lm
 
-from expander_sae.data.store import ActivationStore, Manifest, StoreError
+from expander_sae.data import ActivationStore, Manifest, StoreError
 from expander_sae.lm import TextError, documents, harvest, pack, residual
 
 WINDOW = 16

@@ -1,7 +1,13 @@
-"""The command line."""
+"""The commands, thin: parse, call the library, show the result."""
 
 from __future__ import annotations
 
-from expander_sae.cli.app import main
+from expander_sae.cli import demo, evaluate, harvest, info, reproduce, train  # in the order of --help
+from expander_sae.cli.app import app
 
-__all__ = ["main"]
+__all__ = ["app", "demo", "evaluate", "harvest", "info", "main", "reproduce", "train"]
+
+
+def main() -> None:
+    """Entry point."""
+    app()

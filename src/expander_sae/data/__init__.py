@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from expander_sae.data.manifest import MANIFEST, Manifest, StoreError, StoreMeta, planned_bytes
 from expander_sae.data.sources import ActivationSource, TensorSource
-from expander_sae.data.store import ActivationStore, Manifest, StoreError, StoreMeta, StoreWriter
+from expander_sae.data.store import ActivationStore
+from expander_sae.data.writer import StoreWriter
 
 __all__ = [
+    "MANIFEST",
     "ActivationSource",
     "ActivationStore",
     "Manifest",
@@ -13,4 +16,5 @@ __all__ = [
     "StoreMeta",
     "StoreWriter",
     "TensorSource",
+    "planned_bytes",
 ]

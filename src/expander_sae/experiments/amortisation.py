@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.evaluation.in_model import evaluation_rows
+from expander_sae.evaluation import evaluation_rows
 from expander_sae.experiments.common.cells import Cells
 from expander_sae.experiments.common.embedded import (
     LAYER,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.evaluation.in_model import evaluation_rows
+from expander_sae.evaluation import evaluation_rows
 from expander_sae.experiments.common.embedded import LAYER, PRESET, WINDOW, activations, train_arm
 from expander_sae.experiments.common.record import conclude
 from expander_sae.report.frontier import plot_frontier

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from expander_sae.data.sources import ActivationSource, TensorSource
-from expander_sae.evaluation.in_model import reconstruction
+from expander_sae.evaluation import reconstruction
 from expander_sae.experiments.common.cells import Cells
 from expander_sae.experiments.common.embedded import PRESET, activations
 from expander_sae.experiments.common.record import conclude

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expander_sae.data.store import (
+from expander_sae.data import (
     MANIFEST,
     ActivationStore,
     Manifest,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae import lm as language
-from expander_sae.data.store import MANIFEST, ActivationStore
+from expander_sae.data import MANIFEST, ActivationStore
 from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
 from expander_sae.training.recipe import Recipe, resolve

@@ -1,0 +1,7 @@
+"""``python -m expander_sae``: the command line."""
+
+from __future__ import annotations
+
+from expander_sae.cli import main
+
+main()
