@@ -9,7 +9,7 @@ DEMO ?=
 PYTEST ?=
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md \
-	$(wildcard csrc/*) $(shell find src -name '*.py')
+	$(shell find csrc -type f) $(shell find src -name '*.py')
 
 .PHONY: demo test lint clean
 

@@ -68,7 +68,7 @@ def expander_sae(shape: Shape) -> SAE:
     sae = SAE.expander(mask, shape.k, relu=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        values = sae.dictionary.parameter
+        values = sae.dictionary.values
         values /= values.norm(dim=1, keepdim=True)
         for name, parameter in sae.named_parameters():
             if name.endswith(("b_enc", "b_dec")):
@@ -85,7 +85,7 @@ def dense_sae(shape: Shape, like: SAE) -> SAE:
     weight = like.dictionary.to_dense().T
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            if name.endswith("weight"):
+            if name.endswith("values"):
                 parameter.copy_(weight)
             else:
                 parameter.copy_(like.get_parameter(name))

@@ -15,9 +15,8 @@ from benchmarks.cases import Shape, activations, expander_sae
 from benchmarks.checks import WrongAnswer, same_topk
 from benchmarks.measure import Race, Row, Settings
 from expander_sae.dictionary import ExpanderMatrix, Matrix
-from expander_sae.ops import SparseCode, reference
-from expander_sae.sae import SAE
-from expander_sae.sae.encoder import TopKEncoder
+from expander_sae.ops import Selection, SparseCode, reference
+from expander_sae.sae import SAE, TiedEncoder
 
 OURS = "expander"
 Precision = Literal["highest", "medium"]
@@ -37,7 +36,7 @@ def run(shape: Shape, settings: Settings) -> list[Row]:
 
     def ours() -> Callable[[], SparseCode]:
         own, bias = matrix_copy(matrix), b_enc.clone()
-        return lambda: own.topk(h, bias, shape.k)
+        return lambda: own.select(h, bias, Selection(shape.k))
 
     code = race.enter(OURS, ours, samples=settings.batch, ours=True)
     assert code is not None
@@ -68,7 +67,7 @@ def encoder_parts(sae: SAE) -> tuple[ExpanderMatrix, Tensor]:
     """Matrix and encoder bias of a tied expander SAE, without autograd."""
     matrix = sae.dictionary.matrix().detach()
     assert isinstance(matrix, ExpanderMatrix)
-    assert isinstance(sae.encoder, TopKEncoder)
+    assert isinstance(sae.encoder, TiedEncoder)
     return matrix, sae.encoder.b_enc.detach()
 
 

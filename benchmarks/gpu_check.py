@@ -29,7 +29,7 @@ from benchmarks.gpu_peers import time_peers
 from benchmarks.gpu_run import SECTIONS, Run, Shape, close, equal
 from benchmarks.gpu_speed import sweep_encode, time_encode, time_step
 from expander_sae import ops
-from expander_sae.ops import library, reference
+from expander_sae.ops import Selection, library, reference
 
 BATCH = 8192
 MILLION: Shape = (2048, 1 << 20, 7, 64)
@@ -60,7 +60,7 @@ CHECK: list[tuple[int, int, int, int, int]] = [
 ]
 GRADIENTS: list[tuple[int, int, int, int, int]] = [(65, 64, 500, 3, 5), (130, 256, 2000, 7, 16)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONS: list[dict[str, bool]] = [{}, {"relu": True}, {"magnitude": True}]
+OPTIONS: list[dict[str, Any]] = [{}, {"threshold": 0.0}, {"magnitude": True}]
 
 
 def check_operations(run: Run, cases: list[tuple[int, int, int, int, int]]) -> None:
@@ -76,9 +76,9 @@ def check_operations(run: Run, cases: list[tuple[int, int, int, int, int]]) -> N
                 indices = picks.to(run.device, torch.int32)
                 wrong: dict[str, str] = {}
                 for options in OPTIONS:
-                    found = triton.encode_topk(h, rows, values, bias, k, **options)
+                    found = triton.encode(h, rows, values, bias, k, **options)
                     wrong[f"encode_topk {options}"] = equal(
-                        found, reference.encode_topk(h, rows, values, bias, k, **options)
+                        found, reference.encode(h, rows, values, bias, k, **options)
                     )
                 few = min(batch, 4) if n * m > 1 << 24 else batch
                 calls: dict[str, tuple[Any, ...]] = {
@@ -101,14 +101,14 @@ def check_random(
 ) -> str:
     """Normal data: indices distinct, values those of the indices, and as large as the reference's, place by place."""
     h, values = run.normal(batch, m, dtype=dtype), run.normal(n, d, dtype=dtype, seed=1)
-    indices, code = triton.encode_topk(h, rows, values, None, k)
+    indices, code = triton.encode(h, rows, values, None, k)
     if bool((indices.sort(dim=1).values.diff(dim=1) == 0).any()):
         return "a feature appears twice"
     found = (indices, code)
-    if error := equal(triton.encode_topk(h, rows, values, None, k), found):
+    if error := equal(triton.encode(h, rows, values, None, k), found):
         return f"another answer the second time: {error}"
     at = reference.correlate_at(h, indices, rows, values)
-    return close(code, at, dtype) or close(code, reference.encode_topk(h, rows, values, None, k)[1], dtype)
+    return close(code, at, dtype) or close(code, reference.encode(h, rows, values, None, k)[1], dtype)
 
 
 def check_hard_inputs(run: Run) -> None:
@@ -129,7 +129,7 @@ def check_hard_inputs(run: Run) -> None:
             "strides": (h[5:].T.contiguous().T, rows, strided, None, k),
             "float32 values, bfloat16 data": (h[5:].bfloat16(), rows, values, None, k),
         }.items():
-            found, expected = triton.encode_topk(*arguments, **options), reference.encode_topk(*arguments, **options)
+            found, expected = triton.encode(*arguments, **options), reference.encode(*arguments, **options)
             wrong[f"{label} {options}"] = equal(found, expected)
     finish(run, "hard inputs", wrong)
 
@@ -148,7 +148,7 @@ def check_gradients(run: Run, cases: list[tuple[int, int, int, int, int]]) -> No
                         "bias": run.integers(n, dtype=dtype, seed=2, top=1),
                     }
                     h, values, bias = (leaf.requires_grad_() for leaf in leaves.values())
-                    code = ops.encode_topk(h, rows, values, bias, k, backend=backend)
+                    code = ops.encode(h, rows, values, bias, Selection(k), backend=backend)
                     recon = ops.decode(code, rows, values, m, backend=backend)
                     at = ops.correlate_at(recon, code.indices, rows, values, backend=backend)
                     ((recon - h).square().sum() + (code.values * at).sum()).backward()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.gpu_run import Run, Shape, close, times
 from expander_sae import ops
-from expander_sae.ops import SparseCode, reference
+from expander_sae.ops import Selection, SparseCode, reference
 
 Encode = Callable[[], tuple[Tensor, Tensor]]  # indices and values, (B, k) each
 AUTHORS_FILE = "kernels/triton/encoder_fwd_v3.py"
@@ -51,7 +51,7 @@ class Problem:
     k: int
 
     def ours(self) -> SparseCode:
-        return ops.encode_topk(self.h, self.rows, self.values, self.bias, self.k, backend="triton")
+        return ops.encode(self.h, self.rows, self.values, self.bias, Selection(self.k), backend="triton")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from benchmarks.gpu_run import Run, Shape, close, times
 from benchmarks.step import loop_step
 from expander_sae import ops
 from expander_sae.mask import Mask
-from expander_sae.ops import library, reference
+from expander_sae.ops import Selection, library, reference
 from expander_sae.sae import SAE
 
 
@@ -28,7 +28,7 @@ def time_encode(run: Run, shapes: list[Shape], batch: int) -> None:
             values = values / values.norm(dim=1, keepdim=True)
 
             def sparse(h=h, rows=rows, values=values, bias=bias, k=k) -> ops.SparseCode:
-                return ops.encode_topk(h, rows, values, bias, k, backend="triton")
+                return ops.encode(h, rows, values, bias, Selection(k), backend="triton")
 
             begin = time.perf_counter()
             sparse()
@@ -57,36 +57,36 @@ def time_encode(run: Run, shapes: list[Shape], batch: int) -> None:
 
 def sweep_encode(run: Run, shape: Shape, batch: int) -> None:
     """The knobs that were set by counting bytes: samples and scores of a tile, blocks used for the bound."""
-    from expander_sae.ops.triton import encode
+    from expander_sae.ops.triton import topk
 
     m, n, d, k = shape
     rows, h = run.rows(m, n, d), run.normal(batch, m, dtype=torch.bfloat16)
     values = run.normal(n, d, dtype=torch.bfloat16, seed=1)
-    shipped = encode.plan(batch, m, n, d, k, 2)
+    shipped = topk.plan(batch, m, n, d, k, 2)
     plans = [shipped]
     for samples in (16, 32, 64):
         for features in (64, 128, 256):
             plans.append(replan(shipped, n, k, samples=samples, features=features))
     plans += [replan(shipped, n, k, stride=stride) for stride in (1, 2, 4, 8) if n // stride >= 8 * k]
-    plan = encode.plan
+    plan = topk.plan
     try:
         for cut in dict.fromkeys(plans):
             with run.guarded("encode", f"sweep {cut}"):
-                encode.plan = lambda *_, cut=cut: cut
-                seconds = run.time(lambda: library._BACKENDS["triton"].encode_topk(h, rows, values, None, k), turns=9)
+                topk.plan = lambda *_, cut=cut: cut
+                seconds = run.time(lambda: library._BACKENDS["triton"].encode(h, rows, values, None, k), turns=9)
                 entry = {"sweep": str(cut), "shipped": cut == shipped, "case": f"m={m} n={n} d={d} k={k} B={batch}"}
                 run.note("encode", entry | times("ours", seconds, batch))
     finally:
-        encode.plan = plan
+        topk.plan = plan
 
 
 def replan(cut: Any, n: int, k: int, **changes: int) -> Any:
-    from expander_sae.ops.triton import encode
+    from expander_sae.ops.triton import topk
 
     cut = replace(cut, **changes)
     blocks = -(-n // cut.features)
     parts = min(-(-blocks // cut.stride), -(-4 * k // cut.features))
-    return replace(cut, blocks=blocks, parts=parts, capacity=encode.capacity(k, cut.stride))
+    return replace(cut, blocks=blocks, parts=parts, capacity=topk.capacity(k, cut.stride))
 
 
 def time_step(run: Run, shapes: list[Shape], dense_shapes: list[Shape], batch: int) -> None:

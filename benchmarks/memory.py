@@ -23,6 +23,7 @@ from benchmarks.encode import encoder_parts, scores_of
 from benchmarks.measure import Row, Settings, memory
 from benchmarks.step import loop_step, loss_of
 from expander_sae.files import human_bytes
+from expander_sae.ops import Selection
 
 _CHECKED = 4  # samples compared with the reference, after the peak is read
 _STEPS_OF_A_RUN = 5000  # what TrainConfig takes by default
@@ -64,7 +65,7 @@ def _work(task: str, shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
     sae = expander_sae(shape)
     if task == "encode":
         matrix, b_enc = encoder_parts(sae)
-        work = lambda: matrix.topk(h, b_enc, shape.k)  # noqa: E731
+        work = lambda: matrix.select(h, b_enc, Selection(shape.k))  # noqa: E731
     else:
         work = loop_step(sae, h)
     work()
@@ -78,7 +79,7 @@ def _work(task: str, shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         if task == "encode":
             matrix, b_enc = encoder_parts(sae)
-            check = same_topk("expander", matrix.topk(few, b_enc, shape.k), scores_of(few, matrix, b_enc))
+            check = same_topk("expander", matrix.select(few, b_enc, Selection(shape.k)), scores_of(few, matrix, b_enc))
         else:
             loss = float(loss_of(sae, few))
             os.environ["EXPANDER_SAE_BACKEND"] = "reference"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Shape
-from expander_sae.sae import SAE
-from expander_sae.sae.encoder import TopKEncoder
+from expander_sae.sae import SAE, TiedEncoder
 
 NOT_INSTALLED = "not installed"
 _DISTRIBUTIONS = ("sae-lens", "scikit-learn", "spams-bin", "orthogonal-matching-pursuit-gpu")
@@ -59,7 +58,7 @@ def saelens_step(shape: Shape, like: SAE, h: Tensor, *, sparse: bool) -> Callabl
     )
     sae = saes.TopKTrainingSAE(config)
     encoder = like.encoder
-    assert isinstance(encoder, TopKEncoder)
+    assert isinstance(encoder, TiedEncoder)
     columns = like.dictionary.to_dense()
     with torch.no_grad():
         sae.W_enc.copy_(columns)

@@ -158,13 +158,13 @@ def check_gradients(expander: SAE, dense: SAE, h: Tensor) -> None:
     columns = torch.zeros(())
     for name, gradient in others.items():
         assert gradient is not None
-        if name.endswith("weight"):
+        if name.endswith("values"):
             columns = columns + gradient
         else:
             own = gradients[name]
             assert own is not None
             same_tensor(f"gradient of {name}", own, gradient)
-    rows, unit = expander.get_buffer("dictionary.rows").long(), expander.dictionary.parameter.detach()
+    rows, unit = expander.get_buffer("dictionary.rows").long(), expander.dictionary.values.detach()
     columns = columns.gather(1, rows)
     own = gradients["dictionary.values"]
     assert own is not None

@@ -17,8 +17,8 @@ PACKAGE = "expander_sae"
 
 # From the ground floor to the roof (docs/architecture.md): an entry imports entries before it only.
 HOUSE = [
-    "files", "progress", "environment", "mask", "ops", "dictionary", "pursuit", "theory", "sae", "data", "lm",
-    "training", "evaluation", "interop", "features", "report", "experiments", "cli", "__main__",
+    "registry", "stored", "files", "progress", "environment", "mask", "ops", "dictionary", "pursuit", "theory", "sae",
+    "data", "lm", "training", "evaluation", "interop", "features", "report", "experiments", "cli", "__main__",
 ]  # fmt: skip
 
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -19,9 +19,9 @@ from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import DEFAULT_SIZES, Shape  # noqa: E402
 from benchmarks.measure import Race, Row, Settings  # noqa: E402
 from expander_sae.dictionary import ExpanderMatrix  # noqa: E402
+from expander_sae.dictionary import matrix as matrix_module  # noqa: E402
 from expander_sae.ops import SparseCode  # noqa: E402
 from expander_sae.ops.fused import TiedError  # noqa: E402
-from expander_sae.sae import sae as sae_module  # noqa: E402
 
 SIZES = "32x128x3x4"
 TINY = Shape.parse(SIZES)
@@ -101,8 +101,8 @@ def test_default_sizes_parse():
 
 
 def spoil_topk(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[SparseCode], SparseCode]) -> None:
-    whole = ExpanderMatrix.topk
-    monkeypatch.setattr(ExpanderMatrix, "topk", lambda *args, **options: spoil(whole(*args, **options)))
+    whole = ExpanderMatrix.select
+    monkeypatch.setattr(ExpanderMatrix, "select", lambda *args, **options: spoil(whole(*args, **options)))
 
 
 SPOILERS: dict[str, Callable[[SparseCode], SparseCode]] = {
@@ -128,25 +128,25 @@ def test_smaller_score_is_caught():
 
 
 def test_wrong_loss_is_caught(monkeypatch: pytest.MonkeyPatch):
-    whole = sae_module.tied_error
+    whole = matrix_module.tied_error
 
     def larger(*arguments: Any, **options: Any) -> TiedError:
         found = whole(*arguments, **options)
         return found._replace(error=found.error * 1.001)
 
     monkeypatch.setattr(step, "check_gradients", lambda *_: None)
-    monkeypatch.setattr(sae_module, "tied_error", larger)
+    monkeypatch.setattr(matrix_module, "tied_error", larger)
     with pytest.raises(checks.WrongAnswer, match="dense PyTorch"):
         step.run(TINY, ONCE)
 
 
 def test_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch):
-    whole = sae_module.tied_error
+    whole = matrix_module.tied_error
 
     def half(h: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, *rest: Any, **options: Any) -> TiedError:
         return whole(h, rows, (values + values.detach()) / 2, *rest, **options)  # same value, half the gradient
 
-    monkeypatch.setattr(sae_module, "tied_error", half)
+    monkeypatch.setattr(matrix_module, "tied_error", half)
     with pytest.raises(checks.WrongAnswer, match="gradient of the columns"):
         step.run(TINY, ONCE)
 

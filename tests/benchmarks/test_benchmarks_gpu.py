@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 from benchmarks import gpu_check, gpu_peers, gpu_pursuit, gpu_run  # noqa: E402
 from expander_sae import ops  # noqa: E402
 from expander_sae.experiments.block_size import BlockSize  # noqa: E402
+from expander_sae.ops import Selection  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 SHAPE = (16, 64, 3, 4)
@@ -66,7 +67,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpu_run.Run
     """A run on the CPU whose own encoder is the reference, so that nothing needs triton."""
 
     def ours(problem: gpu_peers.Problem) -> ops.SparseCode:
-        return ops.encode_topk(problem.h, problem.rows, problem.values, problem.bias, problem.k, backend="reference")
+        return ops.encode(
+            problem.h, problem.rows, problem.values, problem.bias, Selection(problem.k), backend="reference"
+        )
 
     monkeypatch.setattr(gpu_peers.Problem, "ours", ours)
     monkeypatch.setattr(gpu_run, "environment", lambda device: {})
@@ -124,7 +127,7 @@ def test_a_wrong_answer_is_not_timed(run: gpu_run.Run, tmp_path: Path, source: s
 )
 def test_disagreement(spoil: Callable[..., Any], message: str) -> None:
     problem = small_problem()
-    ours = ops.encode_topk(problem.h, problem.rows, problem.values, problem.bias, problem.k, backend="reference")
+    ours = ops.encode(problem.h, problem.rows, problem.values, problem.bias, Selection(problem.k), backend="reference")
     found = gpu_peers.disagreement(spoil(ours.indices.long(), ours.values), ours, problem)
     assert message in found if message else not found
 
@@ -132,8 +135,8 @@ def test_disagreement(spoil: Callable[..., Any], message: str) -> None:
 def test_features_that_are_not_the_largest_are_noticed() -> None:
     problem = small_problem()
     arguments = (problem.h, problem.rows, problem.values, problem.bias)
-    ours = ops.encode_topk(*arguments, problem.k, backend="reference")
-    more = ops.encode_topk(*arguments, problem.k + 1, backend="reference")
+    ours = ops.encode(*arguments, Selection(problem.k), backend="reference")
+    more = ops.encode(*arguments, Selection(problem.k + 1), backend="reference")
     late = (more.indices[:, 1:].long(), more.values[:, 1:])
     assert "not the largest" in gpu_peers.disagreement(late, ours, problem)
 

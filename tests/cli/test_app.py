@@ -172,7 +172,7 @@ def test_the_other_kinds(kind: list[str], values: int, place: Path, tmp_path: Pa
 def test_a_pursuit(place: Path, tmp_path: Path) -> None:
     trained(place, tmp_path, "--preset", "pursuit", "--encoder", "omp", "--set", "encoder_options={block: 2}")
     sae = SAE.from_pretrained(tmp_path)
-    assert sae.config()["encoder"] == {"kind": "omp", "sparsity": "pursuit", "k": 3, "options": {"block": 2}}
+    assert sae.config()["encoder"] == {"kind": "omp", "version": 1, "options": {"block": 2}}
     assert "expander, omp encoder" in run("info", tmp_path).output
 
 
@@ -257,8 +257,8 @@ def test_an_unknown_option_is_a_usage_error() -> None:
         (["--degree", "0"], "degree must be at least 1, got 0"),
         (["--preset", "best"], "unknown preset 'best'; choose one of 'paper', 'modern'"),
         (["--dictionary", "sparse"], "dictionary must be one of 'expander', 'dense'"),
-        (["--encoder", "gated"], "encoder must be 'tied', 'untied' or a pursuit"),
-        (["--encoder", "omp"], "set aux_k=0"),
+        (["--encoder", "gated"], "unknown encoder 'gated'; did you mean 'tied'"),
+        (["--encoder", "omp", "--set", "aux_k=5"], "set aux_k=0"),
         (["--set", "colour=red"], "unknown setting 'colour'; the settings are"),
         (["--set", "lr"], "expected name=value, got 'lr'"),
         (["--set", "lr=[1"], "cannot be read as YAML"),
@@ -290,7 +290,7 @@ def test_another_configuration_in_the_folder_is_refused_and_harmless(place: Path
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     refused(
         run("train", "--store", place / "acts", "--out", tmp_path, *SMALL, "--degree", 5),
-        r"sae\.dictionary\.degree was 4 and is 5",
+        r"sae\.dictionary\.mask\.degree was 4 and is 5",
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     trained(place, tmp_path, "--degree", 5, "--restart")
@@ -314,8 +314,8 @@ def damage(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
         ("sae.safetensors", lambda data: data[:-1], "truncated or altered"),
         (
             "config.json",
-            lambda data: data.replace(b'"version": 1', b'"version": 2'),
-            "format version 2, this program reads version 1",
+            lambda data: data.replace(b'"version": 2', b'"version": 1', 1),
+            "format version 1, this program reads version 2",
         ),
         ("config.json", lambda data: data.replace(b'"k": 3', b'"k": 4'), "config.json was altered"),
         ("config.json", lambda data: b"", "not readable JSON"),

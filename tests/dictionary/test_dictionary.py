@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from expander_sae.dictionary import (
     unit_rows,
 )
 from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode
+from expander_sae.ops import Selection, SparseCode
+from expander_sae.stored import Section
 
 M, N, D, K = 8, 13, 3, 4
 MASK = Mask.build("left-regular", d_in=M, d_sae=N, degree=D, seed=2)
@@ -51,7 +53,7 @@ def explicit(dictionary: Dictionary) -> Tensor:
         for j in range(N):
             w[dictionary.rows[j].long(), j] = dictionary.values.detach()[j]
     else:
-        w = dictionary.parameter.detach().T.clone()
+        w = dictionary.values.detach().T.clone()
     return w / w.norm(dim=0) if dictionary.unit_norm else w
 
 
@@ -70,13 +72,13 @@ def test_the_map_is_the_dense_one(make: Callable[..., Dictionary], unit_norm: bo
     close(matrix.norms().detach(), w.norm(dim=0))
     z = h @ w
     close(matrix.correlate(h).detach(), z)
-    code = matrix.topk(h, bias, K)
+    code = matrix.select(h, bias, Selection(K))
     expected = (z + bias).topk(K, dim=-1)
     assert code.indices.tolist() == expected.indices.tolist()
     close(code.values.detach(), expected.values)
-    signed = matrix.topk(h, None, K, magnitude=True)
+    signed = matrix.select(h, None, Selection(K, rank="magnitude"))
     assert signed.indices.tolist() == z.abs().topk(K, dim=-1).indices.tolist()
-    close(matrix.topk(h, bias - 1, K, relu=True).values.detach(), (expected.values - 1).clamp_min(0))
+    close(matrix.select(h, bias - 1, Selection(K, 0.0)).values.detach(), (expected.values - 1).clamp_min(0))
     picked = code.indices.long()
     close(matrix.decode(code).detach(), (w.T[picked] * code.values.detach().unsqueeze(-1)).sum(dim=-2))
     close(matrix.correlate_at(h, code.indices).detach(), z.gather(-1, picked))
@@ -101,7 +103,7 @@ def test_subset_and_detach(make: Callable[..., Dictionary]) -> None:
     "call",
     [
         lambda matrix, h: matrix.correlate(h),
-        lambda matrix, h: matrix.topk(h, None, 2),
+        lambda matrix, h: matrix.select(h, None, Selection(2)),
         lambda matrix, h: matrix.correlate_at(h, torch.zeros(h.shape[0], 2, dtype=torch.int32)),
     ],
 )
@@ -116,8 +118,8 @@ def test_activations_of_another_width(
 @kinds
 @pytest.mark.parametrize("k", [0, N + 1])
 def test_k_out_of_range(make: Callable[..., Dictionary], k: int) -> None:
-    with pytest.raises(ValueError, match=f"k must be between 1 and d_sae = {N}, got {k}"):
-        make().matrix().topk(normal(2, M), None, k)
+    with pytest.raises(ValueError, match=rf"k must be between 1 and d_sae = {N}, got {k}|capacity must be at least 1"):
+        make().matrix().select(normal(2, M), None, Selection(k))
 
 
 @kinds
@@ -129,13 +131,13 @@ def test_gradient_of_the_parameter(make: Callable[..., Dictionary], unit_norm: b
     def through_matrix(parameter: Tensor) -> Tensor:
         values = unit_rows(parameter) if unit_norm else parameter
         matrix = ExpanderMatrix(MASK.rows, values, M) if make is expander else DenseMatrix(values)
-        return matrix.decode(matrix.topk(h, None, K))
+        return matrix.decode(matrix.select(h, None, Selection(K)))
 
-    assert gradcheck(through_matrix, dictionary.parameter)
-    dictionary.matrix().decode(dictionary.matrix().topk(h, None, K)).square().sum().backward()
-    expected = dictionary.parameter.detach().clone().requires_grad_()
+    assert gradcheck(through_matrix, dictionary.values)
+    dictionary.matrix().decode(dictionary.matrix().select(h, None, Selection(K))).square().sum().backward()
+    expected = dictionary.values.detach().clone().requires_grad_()
     through_matrix(expected).square().sum().backward()
-    torch.testing.assert_close(dictionary.parameter.grad, expected.grad)
+    torch.testing.assert_close(dictionary.values.grad, expected.grad)
 
 
 def test_unit_rows_and_their_gradients_are_those_of_normalize() -> None:
@@ -161,7 +163,7 @@ def test_columns_start_at_random_directions_given_by_the_generator() -> None:
 
     assert torch.equal(start(3), start(3))
     assert not torch.equal(start(3), start(4))
-    weight = DenseDictionary.random(M, N, generator=torch.Generator().manual_seed(3)).weight
+    weight = DenseDictionary.random(M, N, generator=torch.Generator().manual_seed(3)).values
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(N))
 
 
@@ -189,7 +191,7 @@ def test_dense_storage() -> None:
 @kinds
 def test_point_at(make: Callable[..., Dictionary]) -> None:
     dictionary = make(unit_norm=False)
-    before = dictionary.parameter.detach().clone()
+    before = dictionary.values.detach().clone()
     features, targets = torch.tensor([3, 9, 5]), normal(3, M, seed=5) * 100
     targets[2] = 0  # vanishes on every support
     dictionary.point_at(features, targets)
@@ -199,7 +201,7 @@ def test_point_at(make: Callable[..., Dictionary]) -> None:
         aimed = target * mask[:, j]
         torch.testing.assert_close(w[:, j], aimed / aimed.norm())
     untouched = [j for j in range(N) if j not in (3, 9)]
-    assert torch.equal(dictionary.parameter[untouched], before[untouched])
+    assert torch.equal(dictionary.values[untouched], before[untouched])
 
 
 @kinds
@@ -210,48 +212,49 @@ def test_rebuilt_from_config_and_tensors(make: Callable[..., Dictionary], unit_n
         dictionary: Dictionary = ExpanderDictionary(Mask.from_rows(MASK.rows, M), normal(N, D), unit_norm=unit_norm)
     else:
         dictionary = make(unit_norm=unit_norm)
-    again = dictionary_from(dictionary.config(), dictionary.stored_tensors(), M)
+    again = dictionary_from(Section(dictionary.config(), "dictionary"), dictionary.stored_tensors(), M, N)
     assert type(again) is type(dictionary)
     assert again.config() == dictionary.config()
     assert torch.equal(again.to_dense(), dictionary.to_dense())
     assert again.num_bytes == dictionary.num_bytes
-    assert again.parameter.requires_grad
+    assert again.values.requires_grad
 
 
-def config_with(**changes) -> dict:
-    return expander().config() | changes
+def rebuilt(dictionary: Dictionary, tensors: dict[str, Tensor] | None = None, **changes: Any) -> Dictionary:
+    tensors = dictionary.stored_tensors() if tensors is None else tensors
+    return dictionary_from(Section(dictionary.config() | changes, "dictionary"), tensors, M, N)
 
 
 @pytest.mark.parametrize(
-    ("config", "tensors", "message"),
+    ("make", "changes", "tensors", "message"),
     [
+        (expander, {"kind": "low-rank"}, None, "unknown dictionary kind 'low-rank'.*a newer expander-sae may know it"),
+        (expander, {"version": 2}, None, "dictionary has version 2, this program reads version 1"),
+        (expander, {}, {}, "the tensor 'values' is missing"),
+        (dense, {}, {}, "the tensor 'values' is missing"),
+        (expander, {}, {"values": torch.zeros(N, D + 1)}, "'values' should be floating point of shape"),
+        (dense, {}, {"values": torch.zeros(N)}, "'values' should be floating point of shape"),
+        (dense, {}, {"values": torch.full((N, M), torch.inf)}, "'values' holds NaN or infinity"),
         (
-            config_with(kind="low-rank"),
-            {},
-            "unknown dictionary kind 'low-rank'; this version knows 'expander' and 'dense'",
-        ),
-        (config_with(), {}, "the expander dictionary lacks 'values'"),
-        ({"kind": "dense", "unit_norm": True}, {}, "the dense dictionary lacks 'weight'"),
-        (config_with(), {"values": torch.zeros(N, D + 1)}, "values must have the mask's shape"),
-        ({"kind": "dense", "unit_norm": True}, {"weight": torch.zeros(N)}, "weight must have shape"),
-        (
-            config_with(mask={"recipe": None, "sha256": ""}),
-            {"values": torch.zeros(N, D)},
-            "the expander dictionary lacks 'rows'",
+            expander,
+            {"mask": {"kind": "explicit", "version": 1, "d_in": M, "d_sae": N, "degree": D, "sha256": ""}},
+            None,
+            "the tensor 'rows' is missing",
         ),
     ],
 )
-def test_what_cannot_be_rebuilt(config: dict, tensors: dict[str, Tensor], message: str) -> None:
+def test_what_cannot_be_rebuilt(
+    make: Callable[..., Dictionary], changes: dict[str, Any], tensors: dict[str, Tensor] | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        dictionary_from(config, tensors, M)
+        rebuilt(make(), tensors, **changes)
 
 
 def test_another_mask_is_refused_with_both_hashes() -> None:
-    config = expander().config()
-    config["mask"]["recipe"]["seed"] += 1
-    other = Mask.build(**config["mask"]["recipe"])
+    config = expander().config()["mask"] | {"seed": 5}
+    other = Mask.build(config["kind"], d_in=M, d_sae=N, degree=D, seed=5)
     with pytest.raises(ValueError, match="the mask does not match") as caught:
-        dictionary_from(config, expander().stored_tensors(), M)
+        rebuilt(expander(), mask=config)
     assert MASK.sha256 in str(caught.value)
     assert other.sha256 in str(caught.value)
 
@@ -262,7 +265,24 @@ def test_learned_rows_that_were_changed_are_refused() -> None:
     rows = tensors["rows"].to(torch.int64)
     rows[0] = torch.tensor([0, 1, 2]) if rows[0].tolist() != [0, 1, 2] else torch.tensor([0, 1, 3])
     with pytest.raises(ValueError, match="the mask does not match"):
-        dictionary_from(dictionary.config(), tensors | {"rows": rows.to(torch.uint8)}, M)
+        rebuilt(dictionary, tensors | {"rows": rows.to(torch.uint8)})
+
+
+def test_pointing_at_a_smaller_norm_gives_the_same_columns() -> None:
+    one, other = expander(), expander()
+    targets = normal(2, M, seed=3)
+    one.point_at(torch.tensor([1, 4]), targets)
+    other.point_at(torch.tensor([1, 4]), targets, norm=0.25)
+    torch.testing.assert_close(other.to_dense(), one.to_dense())
+    torch.testing.assert_close(other.values[[1, 4]].norm(dim=1), torch.full((2,), 0.25, dtype=torch.float64))
+
+
+def test_a_matrix_from_entries_in_any_order() -> None:
+    matrix = expander().matrix().detach()
+    order = torch.tensor([2, 0, 1])
+    again = ExpanderMatrix.from_entries(matrix.rows[:, order], matrix.values[:, order], M)
+    assert torch.equal(again.to_dense(), matrix.to_dense())
+    assert matrix.matrix() is matrix
 
 
 def test_codes_may_name_a_feature_twice() -> None:

@@ -190,14 +190,14 @@ def identity() -> SAE:
     """``h = relu(h) - relu(-h)`` on 2 m features."""
     sae = SAE.dense(WIDTH, 2 * WIDTH, k=WIDTH, relu=True, unit_norm=False)
     with torch.no_grad():
-        sae.dictionary.weight.copy_(torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)]))  # type: ignore[union-attr]
+        sae.dictionary.values.copy_(torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)]))  # type: ignore[union-attr]
     return sae
 
 
 def zeros() -> SAE:
     sae = SAE.dense(WIDTH, 8, k=2, unit_norm=False)
     with torch.no_grad():
-        sae.dictionary.weight.zero_()  # type: ignore[union-attr]
+        sae.dictionary.values.zero_()  # type: ignore[union-attr]
     return sae
 
 

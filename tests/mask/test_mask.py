@@ -15,8 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expander_sae.mask import KINDS, Mask, MaskRecipe
-from expander_sae.mask import mask as mask_module
+from expander_sae.mask import CONSTRUCTIONS, Mask, MaskRecipe, constructions, sort_entries
 
 # Frozen when the format was made. A change here makes every stored SAE unreadable: add a new kind instead.
 GOLDEN = {
@@ -97,7 +96,7 @@ def test_draw_is_the_published_bit_stream(kind: str, plain, size: tuple[int, int
     assert build(kind, size).rows.tolist() == plain(*size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONSTRUCTIONS)
 @given(size=sizes)
 def test_columns_have_distinct_ascending_rows_and_rows_their_degrees(
     kind: str, size: tuple[int, int, int, int]
@@ -123,7 +122,7 @@ def chi_square(counts: list[int], expected: float) -> float:
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONSTRUCTIONS)
 def test_every_support_is_equally_likely(kind: str) -> None:
     n = 30_000
     # m = 7 is no multiple of d = 3: two columns in seven of a balanced mask straddle two decks.
@@ -144,7 +143,7 @@ def test_columns_of_a_left_regular_mask_are_independent() -> None:
     assert chi_square(list(seen.values()), n / 2 / 100) < 148.2  # .999, 99 degrees of freedom
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONSTRUCTIONS)
 def test_seed_decides(kind: str) -> None:
     masks = [Mask.build(kind, d_in=50, d_sae=20, degree=5, seed=seed) for seed in (0, 0, 1, 2**63, 2**64 - 1)]
     assert masks[0].sha256 == masks[1].sha256
@@ -153,7 +152,7 @@ def test_seed_decides(kind: str) -> None:
 
 def test_working_memory_does_not_change_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Mask.build("left-regular", d_in=31, d_sae=57, degree=4, seed=9)
-    monkeypatch.setattr(mask_module, "_CHUNK_CELLS", 100)  # three columns at a time
+    monkeypatch.setattr(constructions, "_CHUNK_CELLS", 100)  # three columns at a time
     assert Mask.build("left-regular", d_in=31, d_sae=57, degree=4, seed=9).sha256 == whole.sha256
 
 
@@ -167,7 +166,7 @@ def test_hash_is_the_documented_one() -> None:
 
 def test_hash_is_of_the_rows_not_of_their_origin() -> None:
     drawn = Mask.build("balanced", d_in=12, d_sae=9, degree=4)
-    given_ = Mask.from_rows(drawn.rows.flip(1), d_in=12)
+    given_ = Mask.from_rows(drawn.rows, d_in=12)
     assert given_.recipe is None
     assert given_.sha256 == drawn.sha256
 
@@ -176,15 +175,49 @@ def test_recipe_redraws_the_mask_and_is_json() -> None:
     whole = [np.int64(number) for number in (20, 30, 4, 7)]
     mask = build("balanced", whole)  # type: ignore[arg-type]
     assert mask.recipe == MaskRecipe("balanced", 20, 30, 4, 7)
-    again = Mask.build(**json.loads(json.dumps(mask.recipe.to_dict())))
+    again = Mask.from_recipe(MaskRecipe(**json.loads(json.dumps(mask.recipe.to_dict()))))
     assert again.sha256 == mask.sha256
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32, np.int64])
-def test_from_rows_sorts_any_integers(dtype: type) -> None:
-    mask = Mask.from_rows(np.array([[4, 0, 2], [1, 3, 0]], dtype=dtype), d_in=5)
+def test_from_rows_takes_any_integers_in_order(dtype: type) -> None:
+    mask = Mask.from_rows(np.array([[0, 2, 4], [0, 1, 3]], dtype=dtype), d_in=5)
     assert mask.rows.dtype == torch.int32
     assert mask.rows.tolist() == [[0, 2, 4], [0, 1, 3]]
+
+
+def test_rows_out_of_order_are_refused_because_values_may_stand_beside_them() -> None:
+    rows = torch.tensor([[4, 0, 2], [1, 3, 0]])
+    with pytest.raises(ValueError, match=r"column 0 are not distinct and ascending.*sort_entries"):
+        Mask.from_rows(rows, d_in=5)
+    values = torch.tensor([[0.4, 0.0, 0.2], [0.1, 0.3, 0.0]])
+    sorted_rows, sorted_values = sort_entries(rows, values)
+    assert sorted_rows.tolist() == [[0, 2, 4], [0, 1, 3]]
+    assert torch.equal(sorted_values, sorted_rows / 10)
+    assert torch.equal(sort_entries(rows), sorted_rows)
+    assert Mask.from_rows(sorted_rows, d_in=5).rows.dtype == torch.int32
+    with pytest.raises(ValueError, match="must have one shape"):
+        sort_entries(rows, values[:1])
+
+
+def test_options_and_versions_of_a_kind() -> None:
+    with pytest.raises(ValueError, match=r"unknown mask kind 'balnced'; did you mean 'balanced'"):
+        Mask.build("balnced", d_in=4, d_sae=2, degree=2)
+    with pytest.raises(ValueError, match=r"mask kind 'balanced' has no option 'alpha'; it takes none"):
+        Mask.build("balanced", d_in=4, d_sae=2, degree=2, alpha=0.5)
+    with pytest.raises(ValueError, match="has version 1 here, the recipe names version 2"):
+        Mask.build("balanced", d_in=4, d_sae=2, degree=2, version=2)
+
+
+def test_a_new_kind_is_a_function_and_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(m: int, n: int, d: int, seed: int, step: int = 1) -> np.ndarray:
+        return np.sort((np.arange(n)[:, None] * step + np.arange(d)) % m, axis=1).astype(np.int32)
+
+    monkeypatch.setitem(CONSTRUCTIONS, "shifted", constructions.Construction(shifted, version=3))
+    mask = Mask.build("shifted", d_in=7, d_sae=4, degree=2, step=2)
+    assert mask.rows.tolist() == [[0, 1], [2, 3], [4, 5], [0, 6]]
+    assert mask.recipe == MaskRecipe("shifted", 7, 4, 2, 0, {"step": 2}, 3)
+    assert Mask.from_recipe(mask.recipe).sha256 == mask.sha256
 
 
 def test_to_dense_and_repr() -> None:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from expander_sae.ops.triton import active, encode, scores
+from expander_sae.ops.triton import active, scores, topk
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -54,15 +54,13 @@ def compile_configs(tuner: Autotuner, *args: Any, grid: Any, **kwargs: Any) -> N
         tuner.fn.run(*args, grid=grid, **kwargs, **config.kwargs, num_warps=config.num_warps)
 
 
-def compile_all(
-    m: int, n: int, d: int, k: int, dtype: torch.dtype, *, relu: bool = False, magnitude: bool = False
-) -> None:
+def compile_all(m: int, n: int, d: int, k: int, dtype: torch.dtype, *, magnitude: bool = False) -> None:
     print(f"m={m} n={n} d={d} k={k} {dtype}", flush=True)
     batch = 8
     h, code = torch.zeros(batch, m, dtype=dtype), torch.zeros(batch, k, dtype=dtype)
     rows, indices = torch.zeros(n, d, dtype=torch.int32), torch.zeros(batch, k, dtype=torch.int32)
     values, bias = torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=dtype)
-    encode.encode_topk(h, rows, values, bias, k, relu, magnitude)
+    topk.encode_topk(h, rows, values, bias, k, magnitude)
     scores.correlate(h, rows, values)
     active.decode(indices, code, rows, values, m)
     active.correlate_at(h, indices, rows, values)
@@ -76,4 +74,4 @@ if __name__ == "__main__":
     Autotuner.run = compile_configs
     compile_all(2048, 16384, 7, 64, torch.bfloat16)
     compile_all(512, 4096, 30, 32, torch.float32, magnitude=True)
-    compile_all(70_000, 512, 13, 1, torch.float16, relu=True)
+    compile_all(70_000, 512, 13, 1, torch.float16)

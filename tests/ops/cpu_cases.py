@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,14 @@ def problem(
     )
 
 
-def best(scores: Tensor, k: int, *, relu: bool = False, magnitude: bool = False) -> tuple[Tensor, Tensor]:
-    """The ``k`` best by a full stable sort: NaN first, ties to the lower index."""
+def best(scores: Tensor, k: int, *, magnitude: bool = False, threshold: float = -math.inf) -> tuple[Tensor, Tensor]:
+    """The ``k`` best by a full stable sort: NaN first, ties to the lower index; empty slots are 0, 0."""
     order = (scores.abs() if magnitude else scores).sort(dim=1, descending=True, stable=True).indices[:, :k]
     chosen = scores.gather(1, order)
-    return order.int(), chosen.clamp_min(0) if relu else chosen
+    empty = torch.zeros_like(chosen, dtype=torch.bool)
+    if threshold > -math.inf:
+        empty = (chosen.abs() if magnitude else chosen) <= threshold
+    return order.int().masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
 
 
 @contextmanager

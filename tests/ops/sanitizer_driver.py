@@ -34,16 +34,18 @@ def pursue(kernels, sizes: tuple[int, ...], h: np.ndarray, rows: np.ndarray, val
     norms[norms == 0] = 1
     values = (values / norms[:, None]).astype(np.float32)
     flags = (False, True)
-    runs = [("omp", (block, disjoint)) for block in sorted({1, min(8, k), k}) for disjoint in flags]
-    runs += [("matching_pursuit", (reselect, refit)) for reselect in flags for refit in flags]
+    runs = [("omp", {"block": block, "disjoint": one}) for block in sorted({1, min(8, k), k}) for one in flags]
+    runs += [("matching_pursuit", {"reselect": one, "refit": other}) for one in flags for other in flags]
     for (name, options), nonnegative, tol in itertools.product(runs, flags, (-1.0, 0.3)):
         if name == "omp" and nonnegative and k > 100:
             continue  # minutes under a sanitizer
         # Held to the end of the call, and zero as the caller makes them.
         indices, used, rounds = np.zeros((B, k), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
         code, left = np.zeros((B, k), np.float32), np.zeros(B, np.float32)
-        arrays = (h, rows, values, norms, indices, code, left, rounds, used)
-        getattr(kernels, name)(*map(at, arrays), *sizes, tol, nonnegative, nonnegative, *options, threads)
+        arrays = {"h": h, "rows": rows, "values": values, "norms": norms, "indices": indices, "code": code}
+        arrays |= {"residual_norms": left, "iterations": rounds, "used": used}
+        given = {key: at(array) for key, array in arrays.items()} | dict(zip("Bmndk", sizes, strict=True)) | options
+        getattr(kernels, name)(**given, tol=tol, positive=nonnegative, nonnegative=nonnegative, threads=threads)
         assert B == 0 or (used.max() <= min(k, n) and indices.min() >= 0 and indices.max() < n)
         assert np.isfinite(code).all()
 
@@ -82,37 +84,43 @@ def main(path: str) -> None:
         values = random.standard_normal((n, d)).astype(wide)
         b_enc, b_dec = random.standard_normal(n).astype(wide), random.standard_normal(m).astype(wide)
         indices, code = np.empty((B, k), np.int32), np.empty((B, k), kind)
-        sizes, shape = (B, m, n, d, k), (B, m, n, d)
+        sizes = {"B": B, "m": m, "n": n, "d": d, "k": k, "dtype": dtype, "threads": threads}
+        shape = {name: size for name, size in sizes.items() if name != "k"}
         # Held to the end of the case: an address does not keep its array alive.
         z, recon, at_code = np.empty((B, n), kind), np.empty((B, m), kind), np.empty((B, k), kind)
         grad, pairs = np.empty((n, d), wide), np.empty((B, k, k), kind)
-        for relu, magnitude in ((False, False), (True, True)):
-            kernels.encode_topk(
-                at(h), at(rows), at(values), at(b_enc), at(indices), at(code), *sizes, dtype, relu, magnitude, threads
-            )
+        matrix = {"rows": at(rows), "values": at(values)}
+        for center, threshold, magnitude in ((0, -np.inf, False), (at(b_dec), 0.0, True)):
+            options = {"center": center, "threshold": threshold, "magnitude": magnitude, "b_enc": at(b_enc)}
+            out = {"out_indices": at(indices), "out_values": at(code)}
+            finite = kernels.encode(h=at(h), **matrix, **out, **options, **sizes)
+            assert B == 0 or finite == (fill in ("normal", "zero"))
             assert B == 0 or (indices.min() >= 0 and indices.max() < n)
-        kernels.correlate(at(h), at(rows), at(values), at(z), *shape, dtype, threads)
-        rest = (*sizes, dtype, threads)
-        kernels.decode(0, at(indices), at(code), at(rows), at(values), at(recon), *rest)
-        kernels.correlate_at(at(h), at(indices), 0, at(rows), at(values), at(at_code), *rest)
-        kernels.values_grad(at(h), at(indices), at(code), at(rows), 0, at(grad), *rest)
-        kernels.gram(0, at(indices), 0, at(rows), at(values), at(pairs), B, 0, n, d, k, dtype, threads)
+        kernels.correlate(h=at(h), **matrix, out=at(z), **shape)
+        named = {"h": at(h), "indices": at(indices), "code": at(code), **matrix}
+        kernels.decode(**named, out=at(recon), **sizes)
+        kernels.correlate_at(**named, out=at(at_code), **sizes)
+        kernels.values_grad(**named, out=at(grad), **sizes)
+        kernels.gram(**named, out=at(pairs), **sizes)
         if B:
-            outs = [np.empty(s, wide) for s in ((B, k), (B, m), (B,), (n, d), (n,), (m,))]
-            kernels.train_step(
-                *map(at, (h, rows, values, b_enc, b_dec, indices, *outs)), *sizes, dtype, fill == "normal", threads
-            )
+            shapes_out = {"code": (B, k), "residual": (B, m), "errors": (B,)}
+            shapes_out |= {"grad_values": (n, d), "grad_b_enc": (n,), "grad_b_dec": (m,)}
+            outs = {name: np.empty(size, wide) for name, size in shapes_out.items()}
+            given = {"h": at(h), **matrix, "b_enc": at(b_enc), "b_dec": at(b_dec), "indices": at(indices)}
+            threshold = 0.0 if fill == "normal" else -np.inf
+            out = {name: at(array) for name, array in outs.items()}
+            kernels.train_step(**given, **out, threshold=threshold, magnitude=False, **sizes)
             broken = indices.copy()
             broken[-1, -1] = n
             for name in ("decode", "correlate_at", "values_grad"):
                 out = np.empty((max(B, n), max(m, k, d)), np.float64)
                 try:
-                    getattr(kernels, name)(at(h), at(broken), at(code), at(rows), at(values), at(out), *rest)
+                    getattr(kernels, name)(**named | {"indices": at(broken)}, out=at(out), **sizes)
                 except IndexError:
                     continue
                 raise AssertionError(f"{name} took an index out of range")
         if dtype == 0:
-            pursue(kernels, sizes, h, rows, values, threads)
+            pursue(kernels, (B, m, n, d, k), h, rows, values, threads)
         cases += 1
     print(cases, "cases")
 

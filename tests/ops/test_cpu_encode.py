@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -29,10 +30,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.use_isa(cpu.instruction_sets()[0])
 
 
-def check_encode(p: Problem, k: int, *, relu: bool = False, magnitude: bool = False, bias: bool = True) -> None:
+thresholds = st.sampled_from([-math.inf, -1.0, 0.0, 2.0])
+
+
+def check_encode(
+    p: Problem, k: int, *, magnitude: bool = False, threshold: float = -math.inf, bias: bool = True
+) -> None:
     scores = p.scores() if bias else p.scores() - p.b_enc.double()
-    indices, code = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc if bias else None, k, relu, magnitude)
-    expected_indices, expected = best(scores, k, relu=relu, magnitude=magnitude)
+    indices, code = cpu.encode(
+        p.h, p.rows, p.values, p.b_enc if bias else None, k, magnitude=magnitude, threshold=threshold
+    )
+    expected_indices, expected = best(scores, k, magnitude=magnitude, threshold=threshold)
     assert indices.dtype == torch.int32
     assert code.dtype == p.h.dtype
     assert torch.equal(indices, expected_indices)
@@ -54,7 +62,11 @@ def test_exact_selection(data: st.DataObject) -> None:
     k = data.draw(st.one_of(st.just(1), st.just(n), st.integers(1, n), st.integers(1, min(n, 20))))
     with threads(data.draw(st.integers(1, 3))):
         check_encode(
-            p, k, relu=data.draw(st.booleans()), magnitude=data.draw(st.booleans()), bias=data.draw(st.booleans())
+            p,
+            k,
+            threshold=data.draw(thresholds),
+            magnitude=data.draw(st.booleans()),
+            bias=data.draw(st.booleans()),
         )
 
 
@@ -72,7 +84,7 @@ def test_full_degree() -> None:
 def test_gaussian_scores(dtype: torch.dtype) -> None:
     """Without ties: chosen scores are the largest up to rounding, sorted, and those of their features."""
     p, k = problem(130, 96, 6000, 7, 1, dtype=dtype, whole=False), 48
-    indices, code = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, k)
+    indices, code = cpu.encode(p.h, p.rows, p.values, p.b_enc, k)
     scores = p.scores()
     close = 1e-12 if dtype == torch.float64 else 1e-5
     rounded = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, close) * 20
@@ -176,25 +188,25 @@ def test_same_bits_for_any_number_of_threads(batch: int, n: int, dtype: torch.dt
     runs = []
     for count in (1, 2, 3, 8):
         with threads(count):
-            runs.append((*cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, 40), cpu.correlate(p.h, p.rows, p.values)))
+            runs.append((*cpu.encode(p.h, p.rows, p.values, p.b_enc, 40), cpu.correlate(p.h, p.rows, p.values)))
     for run in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     p = problem(150, 50, 2500, 5, 1, whole=False)
-    together = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, 30)
+    together = cpu.encode(p.h, p.rows, p.values, p.b_enc, 30)
     for b in (0, 70, 149):
-        alone = cpu.encode_topk(p.h[b : b + 1], p.rows, p.values, p.b_enc, 30)
+        alone = cpu.encode(p.h[b : b + 1], p.rows, p.values, p.b_enc, 30)
         assert all(same_bits(one, many[b : b + 1]) for one, many in zip(alone, together, strict=True))
 
 
 def test_non_contiguous_inputs() -> None:
     p = problem(40, 30, 500, 4, 1)
-    expected = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, 9)
+    expected = cpu.encode(p.h, p.rows, p.values, p.b_enc, 9)
     apart: list[Tensor] = [torch.stack([t, t], dim=-1)[..., 0] for t in (p.h, p.rows, p.values, p.b_enc)]
     assert not any(t.is_contiguous() for t in apart)
-    found = cpu.encode_topk(*apart, 9)
+    found = cpu.encode(*apart, 9)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -217,22 +229,22 @@ def test_errors_name_the_fault() -> None:
     negative[19, 2] = -1
     for rows in (outside, negative):
         with pytest.raises(ValueError, match="rows"):
-            cpu.encode_topk(p.h, rows, p.values, None, 2)
+            cpu.encode(p.h, rows, p.values, None, 2)
         with pytest.raises(ValueError, match="rows"):
             cpu.correlate(p.h, rows, p.values)
     for k in (-1, 21):
         with pytest.raises(ValueError, match="k must be between 0 and d_sae = 20"):
-            cpu.encode_topk(p.h, p.rows, p.values, None, k)
+            cpu.encode(p.h, p.rows, p.values, None, k)
     with pytest.raises(ValueError, match="b_enc"):
-        cpu.encode_topk(p.h, p.rows, p.values, p.b_enc[1:], 2)
+        cpu.encode(p.h, p.rows, p.values, p.b_enc[1:], 2)
     with pytest.raises(TypeError, match="int32"):
-        cpu.encode_topk(p.h, p.rows.long(), p.values, None, 2)
+        cpu.encode(p.h, p.rows.long(), p.values, None, 2)
     with pytest.raises(TypeError, match="float32"):
-        cpu.encode_topk(p.h.int(), p.rows, p.values, None, 2)
+        cpu.encode(p.h.int(), p.rows, p.values, None, 2)
     with pytest.raises(ValueError, match="one shape"):
-        cpu.encode_topk(p.h, p.rows, p.values[:, 1:], None, 2)
+        cpu.encode(p.h, p.rows, p.values[:, 1:], None, 2)
     with pytest.raises(ValueError, match="matrix"):
-        cpu.encode_topk(p.h[0], p.rows, p.values, None, 2)
+        cpu.encode(p.h[0], p.rows, p.values, None, 2)
 
 
 @pytest.mark.slow
@@ -243,7 +255,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     h[-1, -1] = 3
     rows = torch.full((4, 1), m - 1, dtype=torch.int32)
     values = torch.tensor([[1.0], [4.0], [2.0], [-1.0]])
-    indices, code = cpu.encode_topk(h, rows, values, None, 2)
+    indices, code = cpu.encode(h, rows, values, None, 2)
     assert indices[-1].tolist() == [1, 2]
     assert code[-1].tolist() == [12, 6]
     assert indices[:-1].eq(torch.tensor([0, 1])).all()

@@ -38,9 +38,10 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
     from expander_sae import ops
+    from expander_sae.ops import Selection
     from expander_sae.ops import cpu
     rows = torch.tensor([[0], [1], [2]], dtype=torch.int32)
-    code = ops.encode_topk(torch.tensor([[1., 3., 2.]]), rows, torch.ones(3, 1), None, 2)
+    code = ops.encode(torch.tensor([[1., 3., 2.]]), rows, torch.ones(3, 1), None, Selection(2))
 assert code.indices.tolist() == [[1, 2]], code
 ours = [w for w in caught if "C++ kernels" in str(w.message)]
 assert len(ours) == 1 and ours[0].category is RuntimeWarning, caught
@@ -74,11 +75,11 @@ torch.set_num_threads(2)
 g = torch.Generator().manual_seed(0)
 h, values = torch.randn(300, 64, generator=g), torch.randn(2000, 5, generator=g)
 rows = torch.randint(0, 64, (2000, 5), generator=g, dtype=torch.int32)
-expected = cpu.encode_topk(h, rows, values, None, 20)
+expected = cpu.encode(h, rows, values, None, 20)
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    found = cpu.encode_topk(h, rows, values, None, 20)
+    found = cpu.encode(h, rows, values, None, 20)
     os._exit(0 if torch.equal(found[0], expected[0]) and cpu._module().parallel_runtime() == "std::thread" else 3)
 assert os.waitpid(child, 0)[1] == 0
 """
@@ -90,13 +91,13 @@ assert os.waitpid(child, 0)[1] == 0
 def test_called_from_several_threads_at_once() -> None:
     p = problem(200, 50, 2000, 5, 8, whole=False)
     with threads(2):
-        expected = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, 30)
+        expected = cpu.encode(p.h, p.rows, p.values, p.b_enc, 30)
         gradient = cpu.values_grad(p.h, p.indices, p.code, p.rows)
         wrong: list[int] = []
 
         def work(number: int) -> None:
             for _ in range(10):
-                found = cpu.encode_topk(p.h, p.rows, p.values, p.b_enc, 30)
+                found = cpu.encode(p.h, p.rows, p.values, p.b_enc, 30)
                 if not torch.equal(found[0], expected[0]) or not torch.equal(
                     cpu.values_grad(p.h, p.indices, p.code, p.rows), gradient
                 ):
@@ -120,9 +121,9 @@ torch.set_num_threads(2)
 batch, m, n = 2048, 64, 131072
 h, values = torch.randn(batch, m), torch.randn(n, 2)
 rows = torch.randint(0, m, (n, 2), dtype=torch.int32)
-cpu.encode_topk(h[:64], rows, values, None, 32)
+cpu.encode(h[:64], rows, values, None, 32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cpu.encode_topk(h, rows, values, None, 32)
+cpu.encode(h, rows, values, None, 32)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 assert grown < 16, f"{grown} MiB"
 """

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expander_sae.ops import cpu
+from expander_sae.ops import Selection, cpu
 
 if not cpu.available():
     pytest.skip("the C++ kernels are not built", allow_module_level=True)
@@ -50,7 +50,7 @@ OPERATIONS: dict[str, tuple[Callable[[Problem], Tensor], Callable[[Problem], Ten
     ),
     "values_grad": (lambda p: cpu.values_grad(p.h, p.indices, p.code, p.rows), expected_values_grad),
     "gram": (
-        lambda p: cpu.gram(p.indices, p.rows, p.values.to(p.h.dtype)),
+        lambda p: cpu.gram(p.indices, p.rows, p.values.to(p.h.dtype), p.m),
         lambda p: (w := p.dense().T[p.indices.long()]) @ w.mT,
     ),
 }
@@ -144,14 +144,16 @@ def by_hand(p: Problem, b_dec: Tensor, k: int, relu: bool) -> tuple[Tensor, ...]
     z = (h - center) @ w + b_enc
     chosen = best(z.detach(), k)[0].long()
     code = z.gather(1, chosen)
-    code = code.relu() if relu else code
+    if relu:
+        code = code.relu()
     residual = h - torch.zeros_like(z).scatter(1, chosen, code) @ w.T - center
     errors = residual.square().sum(dim=1)
     errors.mean().backward()
     assert w.grad is not None
     assert b_enc.grad is not None
     assert center.grad is not None
-    return errors, residual, chosen.int(), code, w.grad.T.gather(1, p.rows.long()), b_enc.grad, center.grad
+    named = chosen.masked_fill(code == 0, 0) if relu else chosen
+    return errors, residual, named.int(), code, w.grad.T.gather(1, p.rows.long()), b_enc.grad, center.grad
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -162,7 +164,7 @@ def test_train_step(batch: int, dtype: torch.dtype, relu: bool) -> None:
     b_dec = torch.randn(33, dtype=p.values.dtype, generator=torch.Generator().manual_seed(1))
     if relu:
         p.b_enc -= 7
-    step = cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec, 20, relu)
+    step = cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec, Selection(20, 0.0 if relu else None))
     expected = by_hand(p, b_dec, 20, relu)
     if relu and batch > 1:
         assert 0.05 < (step.code == 0).double().mean() < 0.95
@@ -181,17 +183,17 @@ def test_train_step_has_the_same_bits_for_any_number_of_threads(dtype: torch.dty
     runs = []
     for count in (1, 2, 3, 8):
         with threads(count):
-            runs.append(cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), 24))
+            runs.append(cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), Selection(24)))
     for run in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 def test_train_step_writes_every_output(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(50, 40, 3000, 6, 1, whole=False)
-    expected = cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), 24)
+    expected = cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), Selection(24))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **kw: empty(*shape, **kw).fill_(77))
-    found = cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), 24)
+    found = cpu.train_step(p.h, p.rows, p.values, p.b_enc, torch.ones(40), Selection(24))
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -199,10 +201,10 @@ def test_train_step_errors() -> None:
     p = problem(4, 10, 20, 3, 2)
     b_dec = torch.zeros(10)
     with pytest.raises(ValueError, match="empty"):
-        cpu.train_step(p.h[:0], p.rows, p.values, p.b_enc, b_dec, 2)
+        cpu.train_step(p.h[:0], p.rows, p.values, p.b_enc, b_dec, Selection(2))
     with pytest.raises(ValueError, match="b_dec"):
-        cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec[1:], 2)
+        cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec[1:], Selection(2))
     with pytest.raises(ValueError, match="k must be between 1"):
-        cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec, 0)
+        cpu.train_step(p.h, p.rows, p.values, p.b_enc, b_dec, Selection(31))
     with pytest.raises(ValueError, match="rows"):
-        cpu.train_step(p.h, p.rows + 9, p.values, p.b_enc, b_dec, 2)
+        cpu.train_step(p.h, p.rows + 9, p.values, p.b_enc, b_dec, Selection(2))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from expander_sae.ops import dense
+from expander_sae.ops import Selection, dense
 
 M, N, B, K = 6, 9, 5, 3
 
@@ -29,14 +29,14 @@ def supports(n: int = N) -> Tensor:
 
 
 DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
-    "encode": (lambda h, w, c: dense.encode_topk(h, w, c, K)[1], lambda: (normal(B, M), normal(N, M), normal(N))),
-    "encode, no bias": (lambda h, w: dense.encode_topk(h, w, None, K)[1], lambda: (normal(B, M), normal(N, M))),
+    "encode": (lambda h, w, c: encode(h, w, c, K)[1], lambda: (normal(B, M), normal(N, M), normal(N))),
+    "encode, no bias": (lambda h, w: encode(h, w, None, K)[1], lambda: (normal(B, M), normal(N, M))),
     "encode, relu": (
-        lambda h, w, c: dense.encode_topk(h, w, c - 1.5, N, relu=True)[1],
+        lambda h, w, c: encode(h, w, c - 1.5, N, 0.0)[1],
         lambda: (normal(B, M), normal(N, M), normal(N)),
     ),
     "encode, magnitude": (
-        lambda h, w, c: dense.encode_topk(h, w, c, K, magnitude=True)[1],
+        lambda h, w, c: encode(h, w, c, K, None, "magnitude")[1],
         lambda: (normal(B, M), normal(N, M), normal(N)),
     ),
     "decode": (lambda x, w: dense.decode(supports(), x, w), lambda: (normal(B, K), normal(N, M))),
@@ -59,6 +59,13 @@ def test_a_second_derivative_is_refused_not_wrong(name: str) -> None:
         first.sum().backward()
 
 
+def encode(
+    h: Tensor, weight: Tensor, bias: Tensor | None, k: int, threshold: float | None = None, rank: str = "signed"
+) -> tuple[Tensor, Tensor]:
+    code = dense.encode(h, weight, bias, Selection(k, threshold, rank))  # type: ignore[arg-type]
+    return code.indices, code.values
+
+
 @given(data=st.data(), relu=st.booleans())
 def test_encode_and_decode_against_plain_autograd(data: st.DataObject, relu: bool) -> None:
     m, n, batch = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 12)), data.draw(st.integers(0, 4))
@@ -71,7 +78,7 @@ def test_encode_and_decode_against_plain_autograd(data: st.DataObject, relu: boo
         return [recon.detach(), *(leaf.grad for leaf in leaves)]
 
     def ours(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        indices, values = dense.encode_topk(h, weight, bias, k, relu)
+        indices, values = encode(h, weight, bias, k, 0.0 if relu else None)
         assert indices.dtype == torch.int32
         return values, dense.decode(indices, values, weight)
 
@@ -87,10 +94,10 @@ def test_encode_and_decode_against_plain_autograd(data: st.DataObject, relu: boo
 
 def test_ties_go_to_the_lower_index_and_nan_comes_first() -> None:
     weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    indices, _ = dense.encode_topk(torch.tensor([[1.0, 5.0], [1.0, 0.0]]), weight, None, 3)
+    indices, _ = encode(torch.tensor([[1.0, 5.0], [1.0, 0.0]]), weight, None, 3)
     assert indices.tolist() == [[2, 0, 1], [0, 1, 3]]
     bias = torch.tensor([0.0, 0.0, float("nan"), 0.0])
-    indices, values = dense.encode_topk(torch.tensor([[1.0, 5.0]]), weight, bias, 2)
+    indices, values = encode(torch.tensor([[1.0, 5.0]]), weight, bias, 2)
     assert indices.tolist() == [[2, 0]]
     assert values.isnan().tolist() == [[True, False]]
 
@@ -99,7 +106,7 @@ def test_ties_go_to_the_lower_index_and_nan_comes_first() -> None:
 def test_other_types(dtype: torch.dtype) -> None:
     h, weight, bias = normal(B, M, grad=False), normal(N, M, grad=False), normal(N, grad=False)
     h, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in (h, weight, bias))
-    indices, values = dense.encode_topk(h, weight, bias, K)
+    indices, values = encode(h, weight, bias, K)
     recon = dense.decode(indices, values, weight)
     at = dense.correlate_at(h, indices, weight)
     assert values.dtype == recon.dtype == at.dtype == dtype
@@ -117,7 +124,7 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 def test_inactive_features_get_exactly_no_gradient() -> None:
     weight, bias = normal(N, M), normal(N)
-    indices, values = dense.encode_topk(normal(B, M), weight, bias, 1)
+    indices, values = encode(normal(B, M), weight, bias, 1)
     dense.decode(indices, values, weight).square().sum().backward()
     inactive = torch.ones(N, dtype=torch.bool)
     inactive[indices.flatten().long()] = False
@@ -129,7 +136,7 @@ def test_inactive_features_get_exactly_no_gradient() -> None:
 def test_non_contiguous() -> None:
     def run(h: Tensor, weight: Tensor) -> list[Tensor]:
         h, weight = h.detach().requires_grad_(), weight.detach().requires_grad_()
-        indices, values = dense.encode_topk(h, weight, None, K)
+        indices, values = encode(h, weight, None, K)
         recon = dense.decode(indices, values, weight)
         at = dense.correlate_at(h, indices, weight)
         torch.autograd.backward([recon, at], [h.detach() ** 2, at.detach()])
@@ -142,7 +149,7 @@ def test_non_contiguous() -> None:
 
 def test_no_samples() -> None:
     h, weight = normal(0, M), normal(N, M)
-    indices, values = dense.encode_topk(h, weight, None, K)
+    indices, values = encode(h, weight, None, K)
     recon = dense.decode(indices, values, weight)
     assert recon.shape == (0, M)
     assert dense.correlate_at(h, indices, weight).shape == (0, K)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expander_sae.mask import Mask
-from expander_sae.ops import cpu
+from expander_sae.ops import Selection, cpu
 from expander_sae.ops.fused import tied_error
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
@@ -35,7 +35,7 @@ def test_fused_equals_composed(
     results = []
     for backend in ("cpu", "reference"):
         values, b_enc, b_dec = (tensor.clone().requires_grad_() for tensor in inputs)
-        found = tied_error(h, rows, values, b_enc, b_dec, k, relu=relu, backend=backend)
+        found = tied_error(h, rows, values, b_enc, b_dec, Selection(k, 0.0 if relu else None), backend=backend)
         gradients = torch.autograd.grad(3 * found.error, (values, b_enc, b_dec))
         assert not found.residual.requires_grad
         assert not found.code.values.requires_grad
@@ -48,4 +48,4 @@ def test_fused_equals_composed(
 def test_errors_reach_the_caller() -> None:
     rows = Mask.build("left-regular", d_in=6, d_sae=9, degree=2).rows
     with pytest.raises(ValueError, match="k must be between 1 and d_sae = 9"):
-        tied_error(torch.randn(3, 6), rows, torch.randn(9, 2), torch.zeros(9), torch.zeros(6), 10)
+        tied_error(torch.randn(3, 6), rows, torch.randn(9, 2), torch.zeros(9), torch.zeros(6), Selection(10))

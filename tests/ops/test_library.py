@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from expander_sae import ops
 from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode, library, reference
+from expander_sae.ops import Selection, SparseCode, library, reference
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ops.has_fast_cpu(), reason="no C++ kernels"))]
 M, N, D, B, K = 7, 11, 3, 4, 3
@@ -43,19 +43,19 @@ def dense(rows: Tensor, values: Tensor, m: int) -> Tensor:
 DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
     "correlate": (lambda b: lambda h, v: ops.correlate(h, ROWS, v, backend=b), lambda: (normal(B, M), normal(N, D))),
     "encode": (
-        lambda b: lambda h, v, c: ops.encode_topk(h, ROWS, v, c, K, backend=b).values,
+        lambda b: lambda h, v, c: ops.encode(h, ROWS, v, c, Selection(K), backend=b).values,
         lambda: (normal(B, M), normal(N, D), normal(N)),
     ),
     "encode, no bias": (
-        lambda b: lambda h, v: ops.encode_topk(h, ROWS, v, None, K, backend=b).values,
+        lambda b: lambda h, v: ops.encode(h, ROWS, v, None, Selection(K), backend=b).values,
         lambda: (normal(B, M), normal(N, D)),
     ),
     "encode, relu": (
-        lambda b: lambda h, v, c: ops.encode_topk(h, ROWS, v, c - 1.5, N, relu=True, backend=b).values,
+        lambda b: lambda h, v, c: ops.encode(h, ROWS, v, c - 1.5, Selection(N, 0.0), backend=b).values,
         lambda: (normal(B, M), normal(N, D), normal(N)),
     ),
     "encode, magnitude": (
-        lambda b: lambda h, v, c: ops.encode_topk(h, ROWS, v, c, K, magnitude=True, backend=b).values,
+        lambda b: lambda h, v, c: ops.encode(h, ROWS, v, c, Selection(K, rank="magnitude"), backend=b).values,
         lambda: (normal(B, M), normal(N, D), normal(N)),
     ),
     "decode": (
@@ -70,7 +70,7 @@ DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor
         lambda b: lambda h, c: ops.values_grad(h, supports(), c, ROWS, backend=b),
         lambda: (normal(B, M), normal(B, K)),
     ),
-    "gram": (lambda b: lambda v: ops.gram(supports(), ROWS, v, backend=b), lambda: (normal(N, D),)),
+    "gram": (lambda b: lambda v: ops.gram(supports(), ROWS, v, M, backend=b), lambda: (normal(N, D),)),
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_encode_and_decode_against_a_dense_matrix(backend: str, relu: bool, data
         return [code.detach(), recon.detach(), *(leaf.grad for leaf in leaves)]
 
     def sparse(h: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        code = ops.encode_topk(h, rows, values, bias, k, relu=relu, backend=backend)
+        code = ops.encode(h, rows, values, bias, Selection(k, 0.0 if relu else None), backend=backend)
         return code.to_dense(n), ops.decode(code, rows, values, m, backend=backend)
 
     def explicit(h: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def test_encode_and_decode_against_a_dense_matrix(backend: str, relu: bool, data
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inactive_features_get_exactly_no_gradient(backend: str) -> None:
     h, values, bias = normal(B, M), normal(N, D), normal(N)
-    code = ops.encode_topk(h, ROWS, values, bias, 1, backend=backend)
+    code = ops.encode(h, ROWS, values, bias, Selection(1), backend=backend)
     ops.decode(code, ROWS, values, M, backend=backend).square().sum().backward()
     active = torch.zeros(N, dtype=torch.bool)
     active[code.indices.flatten().long()] = True
@@ -131,7 +131,7 @@ def test_inactive_features_get_exactly_no_gradient(backend: str) -> None:
 def test_only_the_gradient_that_is_asked_for(wanted: str) -> None:
     tensors = {"h": normal(B, M, grad=False), "values": normal(N, D, grad=False), "bias": normal(N, grad=False)}
     tensors[wanted].requires_grad_()
-    code = ops.encode_topk(tensors["h"], ROWS, tensors["values"], tensors["bias"], K)
+    code = ops.encode(tensors["h"], ROWS, tensors["values"], tensors["bias"], Selection(K))
     code.values.sum().backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is not None} == {wanted}
     assert not code.indices.requires_grad
@@ -144,7 +144,7 @@ def test_sixteen_bit_gradients_follow_their_tensors(dtype: torch.dtype) -> None:
     h = torch.ones(batch, M, dtype=dtype)
     values = torch.ones(N, D, requires_grad=True)
     bias = torch.zeros(N, requires_grad=True)
-    code = ops.encode_topk(h, ROWS, values, bias, 1)
+    code = ops.encode(h, ROWS, values, bias, Selection(1))
     assert code.values.dtype == dtype
     code.values.sum().backward()
     assert values.grad.dtype == bias.grad.dtype == torch.float32
@@ -154,18 +154,18 @@ def test_sixteen_bit_gradients_follow_their_tensors(dtype: torch.dtype) -> None:
 
 OPERATORS = {
     "correlate": lambda: (normal(B, M), ROWS, normal(N, D)),
-    "encode_topk": lambda: (normal(B, M), ROWS, normal(N, D), normal(N), K),
+    "encode": lambda: (normal(B, M), ROWS, normal(N, D), normal(N), normal(M), K, False, 0.0, True),
     "decode": lambda: (supports(), normal(B, K), ROWS, normal(N, D), M),
     "correlate_at": lambda: (normal(B, M), supports(), ROWS, normal(N, D)),
     "values_grad": lambda: (normal(B, M), supports(), normal(B, K), ROWS),
-    "gram": lambda: (supports(), ROWS, normal(N, D)),
+    "gram": lambda: (supports(), ROWS, normal(N, D), M),
 }
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name == "encode_topk":  # that last check adds up all outputs and fails on integer ones; compiled below instead
+    if name == "encode":  # that last check adds up all outputs and fails on integer ones; compiled below instead
         checks.pop()
     torch.library.opcheck(getattr(torch.ops.expander_sae, name).default, OPERATORS[name](), test_utils=checks)
 
@@ -186,7 +186,7 @@ def test_fake_tensors_have_the_true_shapes_and_types(name: str, dtype: torch.dty
 
 def test_compiled_encode_with_a_dynamic_batch() -> None:
     def score(h: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return ops.encode_topk(h, ROWS, values, bias, K).values.square().sum()
+        return ops.encode(h, ROWS, values, bias, Selection(K)).values.square().sum()
 
     compiled = torch.compile(score, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (2, 3, 50):
@@ -198,7 +198,7 @@ def test_compiled_encode_with_a_dynamic_batch() -> None:
 
 def test_compiled_training_step_is_one_graph_with_the_same_gradients() -> None:
     def loss(h: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        code = ops.encode_topk(h, ROWS, values, bias, K, relu=True)
+        code = ops.encode(h, ROWS, values, bias, Selection(K, 0.0))
         return (ops.decode(code, ROWS, values, M) - h).square().sum() + ops.correlate(h, ROWS, values).sum()
 
     # aot_eager traces forward and backward with fake tensors, as inductor does, but writes no C++.
@@ -214,16 +214,16 @@ def test_compiled_training_step_is_one_graph_with_the_same_gradients() -> None:
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     h, values, bias = normal(*shape, M, grad=False), normal(N, D, grad=False), normal(N, grad=False)
     flat = h.reshape(-1, M)
-    code = ops.encode_topk(h, ROWS, values, bias, K)
+    code = ops.encode(h, ROWS, values, bias, Selection(K))
     assert code.indices.shape == code.values.shape == (*shape, K)
     assert code.batch_shape == shape
-    expected = ops.encode_topk(flat, ROWS, values, bias, K)
+    expected = ops.encode(flat, ROWS, values, bias, Selection(K))
     assert torch.equal(code.indices.reshape(-1, K), expected.indices)
     assert torch.equal(ops.correlate(h, ROWS, values), ops.correlate(flat, ROWS, values).reshape(*shape, N))
     assert torch.equal(ops.decode(code, ROWS, values, M), ops.decode(expected, ROWS, values, M).reshape(*shape, M))
     at = ops.correlate_at(h, code.indices, ROWS, values)
     torch.testing.assert_close(at, code.values - bias[code.indices.long()])
-    assert ops.gram(code.indices, ROWS, values).shape == (*shape, K, K)
+    assert ops.gram(code.indices, ROWS, values, M).shape == (*shape, K, K)
     assert ops.values_grad(h, code.indices, code.values, ROWS).shape == (N, D)
     assert code.to_dense(N).shape == (*shape, N)
 
@@ -231,7 +231,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_feature_may_be_active(backend: str) -> None:
     h, values = normal(B, M, grad=False), normal(N, D, grad=False)
-    code = ops.encode_topk(h, ROWS, values, None, N, backend=backend)
+    code = ops.encode(h, ROWS, values, None, Selection(N), backend=backend)
     torch.testing.assert_close(code.to_dense(N), h @ dense(ROWS, values, M))
     assert (code.values.diff(dim=1) <= 0).all()
 
@@ -240,7 +240,7 @@ def test_every_feature_may_be_active(backend: str) -> None:
 def test_non_contiguous_gradients_and_inputs(backend: str) -> None:
     def run(h: Tensor, values: Tensor) -> list[Tensor]:
         h, values = h.detach().requires_grad_(), values.detach().requires_grad_()
-        code = ops.encode_topk(h, ROWS, values, None, K, backend=backend)
+        code = ops.encode(h, ROWS, values, None, Selection(K), backend=backend)
         recon = ops.decode(code, ROWS, values, M, backend=backend)
         recon.backward(h.detach().square())
         return [recon.detach(), h.grad, values.grad]
@@ -292,10 +292,10 @@ def test_backward_stays_on_the_chosen_backend(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_arguments: object) -> Tensor:
         raise AssertionError("another backend ran")
 
-    for name in ("values_grad", "decode", "correlate_at", "encode_topk"):
+    for name in ("values_grad", "decode", "correlate_at", "encode"):
         monkeypatch.setattr(library._BACKENDS["cpu"], name, refuse)
     values = normal(N, D)
-    code = ops.encode_topk(normal(B, M), ROWS, values, normal(N), K, backend="reference")
+    code = ops.encode(normal(B, M), ROWS, values, normal(N), Selection(K), backend="reference")
     ops.decode(code, ROWS, values, M, backend="reference").sum().backward()
     assert values.grad is not None
 
@@ -339,14 +339,14 @@ def test_has_fast_cpu_is_about_the_installation(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("k", [0, -1, N + 1])
 def test_k_out_of_range(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k must be between 1 and d_sae = {N}, got {k}"):
-        ops.encode_topk(normal(B, M), ROWS, normal(N, D), None, k)
+    with pytest.raises(ValueError, match=rf"k must be between 1 and d_sae = {N}, got {k}|capacity must be at least 1"):
+        ops.encode(normal(B, M), ROWS, normal(N, D), None, Selection(k))
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda h, values: ops.encode_topk(h, ROWS, values, None, K, m=M),
+        lambda h, values: ops.encode(h, ROWS, values, None, Selection(K), m=M),
         lambda h, values: ops.correlate(h, ROWS, values, m=M),
         lambda h, values: ops.correlate_at(h, supports(), ROWS, values, m=M),
     ],
@@ -366,7 +366,7 @@ def test_bad_activations(call: Callable[[Tensor, Tensor], object]) -> None:
 @pytest.mark.parametrize("shape", [(N + 1,), (1,), (1, N)])
 def test_bad_bias(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"b_enc must have shape \({N},\)"):
-        ops.encode_topk(normal(B, M), ROWS, normal(N, D), torch.zeros(shape, dtype=torch.float64), K)
+        ops.encode(normal(B, M), ROWS, normal(N, D), torch.zeros(shape, dtype=torch.float64), Selection(K))
 
 
 def test_sparse_code_shapes_must_agree() -> None:
@@ -383,3 +383,37 @@ def test_sparse_code() -> None:
     assert code.reshape(2, 1).batch_shape == (2, 1)
     code.to_dense(4).square().sum().backward()
     assert values.grad.tolist() == [[6, 6], [6, 8]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data())
+def test_center_and_thresholds_by_feature(backend: str, data: st.DataObject) -> None:
+    """Every gradient too, that of the centre among them, against the formula on dense matrices."""
+    batch, k = data.draw(st.integers(0, 4)), data.draw(st.integers(1, N))
+    threshold = normal(N, seed=data.draw(st.integers(0, 99)), grad=False) if data.draw(st.booleans()) else 0.3
+    leaves = normal(batch, M), normal(N, D), normal(N), normal(M)
+    h, values, bias, center = leaves
+    code = ops.encode(h, ROWS, values, bias, Selection(k, threshold), center=center, backend=backend)
+    z = (h - center) @ dense(ROWS, values, M) + bias
+    margin = z - threshold
+    kept = torch.zeros_like(z).scatter(1, margin.topk(k, dim=1).indices, 1.0) * (margin > 0)
+    torch.testing.assert_close(code.to_dense(N), z * kept)
+    assert (code.indices[code.values == 0] == 0).all()
+    found = torch.autograd.grad(code.values.pow(3).sum(), leaves, allow_unused=True)
+    for one, other in zip(found, torch.autograd.grad((z * kept).pow(3).sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_finite_is_counted(backend: str, dtype: torch.dtype) -> None:
+    for batch, width, bad in ((3, M, float("nan")), (70, 33, float("inf")), (17, 40, -float("inf"))):
+        h = normal(batch, width, grad=False).to(dtype)
+        rows = Mask.build("left-regular", d_in=width, d_sae=N, degree=2).rows
+        values = normal(N, 2, grad=False).to(dtype)
+        ops.encode(h, rows, values, None, Selection(3), backend=backend, check_finite=True)
+        for sample, place in ((0, 0), (batch - 1, width - 1), (batch // 2, width // 2)):
+            h[sample, place] = bad
+        with pytest.raises(ValueError, match=f"3 of the {batch} activation vectors hold NaN or infinity"):
+            ops.encode(h, rows, values, None, Selection(3), backend=backend, check_finite=True)
+        ops.encode(h, rows, values, None, Selection(3), backend=backend)

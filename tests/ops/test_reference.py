@@ -68,15 +68,19 @@ def test_correlate(p: Problem) -> None:
     torch.testing.assert_close(reference.correlate(p.h, p.rows, p.values), p.h @ p.w)
 
 
-@given(p=problems(), bias=st.booleans(), relu=st.booleans(), magnitude=st.booleans())
-def test_encode_topk(p: Problem, bias: bool, relu: bool, magnitude: bool) -> None:
+@given(p=problems(), bias=st.booleans(), threshold=st.sampled_from([-math.inf, 0.0, 1.0]), magnitude=st.booleans())
+def test_encode(p: Problem, bias: bool, threshold: float, magnitude: bool) -> None:
     k = p.indices.shape[1]
     z = p.h @ p.w + (p.b_enc if bias else 0)
-    indices, values = reference.encode_topk(p.h, p.rows, p.values, p.b_enc if bias else None, k, relu, magnitude)
+    indices, values = reference.encode(
+        p.h, p.rows, p.values, p.b_enc if bias else None, k, magnitude=magnitude, threshold=threshold
+    )
     assert indices.dtype == torch.int32
-    assert indices.tolist() == [plain_top(row, k, magnitude) for row in z.tolist()]
-    chosen = z.gather(1, indices.long())
-    torch.testing.assert_close(values, chosen.clamp_min(0) if relu else chosen)
+    order = torch.tensor([plain_top(row, k, magnitude) for row in z.tolist()], dtype=torch.int64).reshape(len(z), k)
+    chosen = z.gather(1, order)
+    empty = (chosen.abs() if magnitude else chosen) <= threshold
+    assert indices.tolist() == order.masked_fill(empty, 0).tolist()
+    torch.testing.assert_close(values, chosen.masked_fill(empty, 0.0))
 
 
 @given(p=problems())
@@ -108,7 +112,7 @@ def test_values_grad(p: Problem) -> None:
 @given(p=problems())
 def test_gram(p: Problem) -> None:
     columns = p.w.T[p.indices.long()]
-    torch.testing.assert_close(reference.gram(p.indices, p.rows, p.values), columns @ columns.mT)
+    torch.testing.assert_close(reference.gram(p.indices, p.rows, p.values, p.h.shape[1]), columns @ columns.mT)
 
 
 def test_to_dense() -> None:
@@ -138,12 +142,12 @@ def test_feature_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPat
     rows[7], rows[13] = rows[2], rows[2]  # equal scores in different blocks
     p.h[1, 0] = math.nan
     h, bias = p.h, torch.zeros(20, dtype=torch.float64)
-    whole = [reference.encode_topk(h, rows, p.values, bias, k) for k in (1, 5, 20)]
+    whole = [reference.encode(h, rows, p.values, bias, k) for k in (1, 5, 20)]
     scores_ = reference.correlate(h, rows, p.values)
     monkeypatch.setattr(reference, "FEATURE_BLOCK", block)
     torch.testing.assert_close(reference.correlate(h, rows, p.values), scores_, equal_nan=True)
     for k, (indices, values) in zip((1, 5, 20), whole, strict=True):
-        again = reference.encode_topk(h, rows, p.values, bias, k)
+        again = reference.encode(h, rows, p.values, bias, k)
         assert torch.equal(again[0], indices)
         torch.testing.assert_close(again[1], values, equal_nan=True)
 
@@ -151,10 +155,10 @@ def test_feature_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPat
 def test_identical_columns_come_in_index_order() -> None:
     rows = torch.tensor([[0, 1]] * 6, dtype=torch.int32)
     values = torch.tensor([[1.0, 1.0]] * 6)
-    indices, _ = reference.encode_topk(torch.ones(2, 3), rows, values, None, 4)
+    indices, _ = reference.encode(torch.ones(2, 3), rows, values, None, 4)
     assert indices.tolist() == [[0, 1, 2, 3]] * 2
     bias = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    indices, _ = reference.encode_topk(torch.ones(2, 3), rows, values, bias, 4)
+    indices, _ = reference.encode(torch.ones(2, 3), rows, values, bias, 4)
     assert indices.tolist() == [[1, 3, 0, 2]] * 2
 
 
@@ -162,10 +166,10 @@ def test_nan_ranks_first_and_shows() -> None:
     rows = torch.tensor([[0], [1], [2], [1]], dtype=torch.int32)
     h = torch.tensor([[5.0, math.nan, 7.0]])
     for magnitude in (False, True):
-        indices, values = reference.encode_topk(h, rows, torch.ones(4, 1), None, 3, magnitude=magnitude)
+        indices, values = reference.encode(h, rows, torch.ones(4, 1), None, 3, magnitude=magnitude)
         assert indices.tolist() == [[1, 3, 2]]
         assert values.isnan().tolist() == [[True, True, False]]
-    _, clipped = reference.encode_topk(h, rows, torch.ones(4, 1), None, 3, relu=True)
+    _, clipped = reference.encode(h, rows, torch.ones(4, 1), None, 3, threshold=0.0)
     assert clipped.isnan().tolist() == [[True, True, False]]
 
 
@@ -186,10 +190,10 @@ def test_every_type_is_rounded_once(dtype: torch.dtype) -> None:
             reference.correlate_at(h, p.indices, p.rows, values),
             reference.correlate_at(wide[0], p.indices, p.rows, wide[1]),
         ),
-        (reference.gram(p.indices, p.rows, values), reference.gram(p.indices, p.rows, wide[1])),
+        (reference.gram(p.indices, p.rows, values, m), reference.gram(p.indices, p.rows, wide[1], m)),
         (
-            reference.encode_topk(h, p.rows, values, bias, k)[1],
-            reference.encode_topk(wide[0], p.rows, wide[1], wide[2], k)[1],
+            reference.encode(h, p.rows, values, bias, k)[1],
+            reference.encode(wide[0], p.rows, wide[1], wide[2], k)[1],
         ),
     ]
     for found, exact in pairs:
@@ -208,7 +212,7 @@ def test_selection_sees_more_than_sixteen_bits(dtype: torch.dtype) -> None:
     # Both sums round to 1 in 16 bits; column 1 is larger by 2^-12.
     rows = torch.tensor([[0, 2], [0, 1]], dtype=torch.int32)
     h = torch.tensor([[1.0, 2.0**-12, 0.0]], dtype=dtype)
-    indices, values = reference.encode_topk(h, rows, torch.ones(2, 2, dtype=dtype), None, 2)
+    indices, values = reference.encode(h, rows, torch.ones(2, 2, dtype=dtype), None, 2)
     assert indices.tolist() == [[1, 0]]
     assert values.tolist() == [[1.0, 1.0]]
 
@@ -228,8 +232,8 @@ def test_non_contiguous_inputs() -> None:
         reference.values_grad(h, indices, code, rows), reference.values_grad(p.h, p.indices, p.code, p.rows)
     )
     for strided, plain in zip(
-        reference.encode_topk(h, rows, values, p.b_enc, 4),
-        reference.encode_topk(p.h, p.rows, p.values, p.b_enc, 4),
+        reference.encode(h, rows, values, p.b_enc, 4),
+        reference.encode(p.h, p.rows, p.values, p.b_enc, 4),
         strict=True,
     ):
         assert torch.equal(strided, plain)

@@ -7,6 +7,7 @@ Most data are small integers: sums are exact in any order, so results, ties incl
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from expander_sae import ops
 from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode, reference
+from expander_sae.ops import Selection, SparseCode, reference
 from expander_sae.ops import triton as kernels
-from expander_sae.ops.triton import active, encode, scores
+from expander_sae.ops.triton import active, scores, topk
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -28,8 +29,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tiny problems into several blocks, programs and passes, as large ones are."""
     monkeypatch.setattr(scores, "TILE_SCORES", 256)
-    monkeypatch.setattr(encode, "_OVERFLOW_BLOCK", 16)
-    monkeypatch.setattr(encode, "_SELECT_KEYS", 128)
+    monkeypatch.setattr(topk, "_OVERFLOW_BLOCK", 16)
+    monkeypatch.setattr(topk, "_SELECT_KEYS", 128)
 
 
 def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, top: int = 3) -> Tensor:
@@ -47,8 +48,8 @@ def assert_same(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Ten
 
 def check_encode(h: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None, k: int, **options: bool) -> None:
     assert_same(
-        kernels.encode_topk(h, rows, values, bias, k, **options),
-        reference.encode_topk(h, rows, values, bias, k, **options),
+        kernels.encode(h, rows, values, bias, k, **options),
+        reference.encode(h, rows, values, bias, k, **options),
     )
 
 
@@ -79,28 +80,28 @@ def test_all_operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_same(kernels.correlate_at(h, indices, rows, values), reference.correlate_at(h, indices, rows, values))
     assert_same(kernels.values_grad(h, indices, code, rows), reference.values_grad(h, indices, code, rows))
     few = indices[:3]
-    assert_same(kernels.gram(few, rows, values), reference.gram(few, rows, values))
+    assert_same(kernels.gram(few, rows, values, 7), reference.gram(few, rows, values, 7))
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("threshold", [-math.inf, 0.0, 2.0])
 @pytest.mark.parametrize("k", [2, 30])
-def test_encode_options(k: int, relu: bool, magnitude: bool) -> None:
+def test_encode_options(k: int, threshold: float, magnitude: bool) -> None:
     h, values = integers(4, 7), integers(30, 3)
-    check_encode(h, mask_rows(7, 30, 3), values, None, k, relu=relu, magnitude=magnitude)
+    check_encode(h, mask_rows(7, 30, 3), values, None, k, threshold=threshold, magnitude=magnitude)
 
 
 @pytest.mark.parametrize("stride", [2, 4])
 def test_bound_from_a_part_of_the_blocks(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forced(batch: int, m: int, n: int, d: int, k: int, itemsize: int) -> encode.Plan:
-        return encode.Plan(16, 16, -(-n // 16), stride, 2, encode.capacity(k, stride))
+    def forced(batch: int, m: int, n: int, d: int, k: int, itemsize: int) -> topk.Plan:
+        return topk.Plan(16, 16, -(-n // 16), stride, 2, topk.capacity(k, stride))
 
-    monkeypatch.setattr(encode, "plan", forced)
+    monkeypatch.setattr(topk, "plan", forced)
     generator = torch.Generator().manual_seed(1)
     h, values = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((5, 12), (150, 4)))
     rows = mask_rows(12, 150, 4)
-    indices, code = kernels.encode_topk(h, rows, values, None, 4)
-    expected_indices, expected = reference.encode_topk(h, rows, values, None, 4)
+    indices, code = kernels.encode(h, rows, values, None, 4)
+    expected_indices, expected = reference.encode(h, rows, values, None, 4)
     assert indices.tolist() == expected_indices.tolist()
     torch.testing.assert_close(code, expected)
 
@@ -108,13 +109,13 @@ def test_bound_from_a_part_of_the_blocks(stride: int, monkeypatch: pytest.Monkey
 def test_plan_at_the_sizes_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for m, n, d, k in ((512, 4096, 7, 64), (2048, 16384, 7, 64), (2048, 1 << 20, 7, 64), (576, 4608, 7, 32)):
-        cut = encode.plan(8192, m, n, d, k, 2)
+        cut = topk.plan(8192, m, n, d, k, 2)
         assert m * cut.samples * 2 <= scores.TILE_BYTES
         assert cut.samples * cut.features == scores.TILE_SCORES
         assert cut.groups >= 4 * k
         assert cut.capacity >= 1.3 * k * cut.stride
         assert cut.blocks * cut.features >= n > (cut.blocks - 1) * cut.features
-    assert encode.plan(8192, 2048, 1 << 20, 7, 64, 2).stride > 1, (
+    assert topk.plan(8192, 2048, 1 << 20, 7, 64, 2).stride > 1, (
         "a million features: the bound must not cost a second pass"
     )
 
@@ -125,16 +126,16 @@ def test_more_candidates_than_room(magnitude: bool) -> None:
     h = torch.zeros(3, 6, device=DEVICE)
     h[1] = integers(6)
     rows, values = mask_rows(6, 90, 2), integers(90, 2)
-    assert encode.plan(3, 6, 90, 2, 3, 4).capacity < 90
+    assert topk.plan(3, 6, 90, 2, 3, 4).capacity < 90
     check_encode(h, rows, values, None, 3, magnitude=magnitude)
-    assert kernels.encode_topk(h, rows, values, None, 3)[0][0].tolist() == [0, 1, 2]
+    assert kernels.encode(h, rows, values, None, 3)[0][0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_ordinary_data_fill_the_lists_as_planned(magnitude: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound that is too low or too high costs time, not the answer: look at the lists themselves."""
     lists: list[Tensor] = []
-    select = encode._select_kernel
+    select = topk._select_kernel
 
     class Spy:
         def __getitem__(self, grid: tuple[int, ...]):
@@ -144,18 +145,18 @@ def test_ordinary_data_fill_the_lists_as_planned(magnitude: bool, monkeypatch: p
 
             return launch
 
-    monkeypatch.setattr(encode, "_select_kernel", Spy())
+    monkeypatch.setattr(topk, "_select_kernel", Spy())
     batch, m, n, d, k = 5, 12, 37, 4, 10
     generator = torch.Generator().manual_seed(2)
     h, values = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((batch, m), (n, d)))
     bias = torch.full((n,), 0.0 if magnitude else -99.0, device=DEVICE)  # what fills up a block must not look large
-    kernels.encode_topk(h, mask_rows(m, n, d), values, bias, k, magnitude=magnitude)
+    kernels.encode(h, mask_rows(m, n, d), values, bias, k, magnitude=magnitude)
     (counts,) = lists
     # A group a feature: the bound is the k-th score itself, so exactly k reach it.
     assert counts.tolist() == [k] * batch + [0] * (len(counts) - batch)
 
 
-@pytest.mark.parametrize("options", [{}, {"magnitude": True}, {"relu": True}])
+@pytest.mark.parametrize("options", [{}, {"magnitude": True}, {"threshold": 0.0}])
 def test_a_bound_that_is_too_high_is_noticed(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     class TooHigh:
         def __getitem__(self, _grid: object):
@@ -165,7 +166,7 @@ def test_a_bound_that_is_too_high_is_noticed(options: dict[str, bool], monkeypat
 
             return launch
 
-    monkeypatch.setattr(encode, "_threshold_kernel", TooHigh())
+    monkeypatch.setattr(topk, "_threshold_kernel", TooHigh())
     check_encode(integers(3, 6), mask_rows(6, 45, 2), integers(45, 2), integers(45), 4, **options)
 
 
@@ -175,7 +176,7 @@ def test_settings_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batch_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "BATCH_CHUNK", 3)
+    monkeypatch.setattr(topk, "BATCH_CHUNK", 3)
     check_encode(integers(8, 5), mask_rows(5, 20, 2), integers(20, 2), None, 3)
 
 
@@ -186,8 +187,8 @@ def test_not_a_number_and_infinity(magnitude: bool) -> None:
     h[0, 2], h[1, 3], h[2, 1], h[3] = torch.nan, torch.inf, -torch.inf, torch.nan
     bias[7], bias[9], bias[11] = torch.nan, torch.inf, -torch.inf
     check_encode(h, rows, values, bias, k, magnitude=magnitude)
-    check_encode(h, rows, values, bias, n, magnitude=magnitude, relu=True)
-    indices, code = reference.encode_topk(h, rows, values, None, k)
+    check_encode(h, rows, values, bias, n, magnitude=magnitude, threshold=0.0)
+    indices, code = reference.encode(h, rows, values, None, k)
     assert_same(kernels.correlate(h, rows, values), reference.correlate(h, rows, values))
     assert_same(kernels.decode(indices, code, rows, values, m), reference.decode(indices, code, rows, values, m))
     assert_same(kernels.values_grad(h, indices, code, rows), reference.values_grad(h, indices, code, rows))
@@ -205,7 +206,7 @@ def test_values_of_another_type(wide: torch.dtype) -> None:
     h, values, rows = integers(3, 7, dtype=torch.bfloat16), integers(30, 3, dtype=wide), mask_rows(7, 30, 3)
     bias = integers(30, dtype=torch.float32)
     check_encode(h, rows, values, bias, 4)
-    indices, code = reference.encode_topk(h, rows, values, bias, 4)
+    indices, code = reference.encode(h, rows, values, bias, 4)
     assert_same(kernels.decode(indices, code, rows, values, 7), reference.decode(indices, code, rows, values, 7))
     assert_same(kernels.correlate_at(h, indices, rows, values), reference.correlate_at(h, indices, rows, values))
 
@@ -244,7 +245,7 @@ def test_any_strides() -> None:
     assert_same(kernels.decode(indices, code, rows, values, m), reference.decode(indices, code, rows, values, m))
     assert_same(kernels.correlate_at(h, indices, rows, values), reference.correlate_at(h, indices, rows, values))
     assert_same(kernels.values_grad(h, indices, code, rows), reference.values_grad(h, indices, code, rows))
-    assert_same(kernels.gram(indices, rows, values), reference.gram(indices, rows, values))
+    assert_same(kernels.gram(indices, rows, values, 7), reference.gram(indices, rows, values, 7))
 
 
 def test_more_than_one_block_of_slots_and_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +259,7 @@ def test_more_than_one_block_of_slots_and_lanes(monkeypatch: pytest.MonkeyPatch)
     assert_same(kernels.values_grad(h, indices, code, rows), reference.values_grad(h, indices, code, rows))
     assert_same(kernels.decode(indices, code, rows, values, m), reference.decode(indices, code, rows, values, m))
     rows, values = rows[:, :3].contiguous(), values[:, :3]
-    assert_same(kernels.gram(indices, rows, values), reference.gram(indices, rows, values))
+    assert_same(kernels.gram(indices, rows, values, 7), reference.gram(indices, rows, values, 7))
 
 
 def test_sums_are_kept_in_float32() -> None:
@@ -268,7 +269,7 @@ def test_sums_are_kept_in_float32() -> None:
     h, values = (torch.ones(shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((1, d), (1, d)))
     first = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     assert kernels.correlate_at(h, first, rows, values).item() == d
-    assert kernels.encode_topk(h, rows, values, None, 1)[1].item() == d
+    assert kernels.encode(h, rows, values, None, 1)[1].item() == d
     ones = torch.ones(batch, 1, dtype=torch.bfloat16, device=DEVICE)
     grad = kernels.values_grad(ones, first.expand(batch, 1), ones, rows[:, :1])
     assert grad.dtype == torch.float32
@@ -285,7 +286,7 @@ def test_gradients_through_the_operators(dtype: torch.dtype) -> None:
     def run(backend: str) -> list[Tensor]:
         leaves = [integers(*shape, dtype=dtype).requires_grad_() for shape in ((4, m), (n, d), (n,))]
         h, values, bias = leaves
-        code = ops.encode_topk(h, rows, values, bias, k, backend=backend)
+        code = ops.encode(h, rows, values, bias, Selection(k), backend=backend)
         recon = ops.decode(code, rows, values, m, backend=backend)
         at = ops.correlate_at(recon, code.indices, rows, values, backend=backend)
         (recon.square().sum() + (code.values * at).sum()).backward()
@@ -298,18 +299,18 @@ def test_gradients_through_the_operators(dtype: torch.dtype) -> None:
 def test_nothing_to_do() -> None:
     rows, values = mask_rows(4, 9, 2), integers(9, 2)
     none = torch.empty(3, 0, dtype=torch.int32, device=DEVICE)
-    assert kernels.encode_topk(integers(3, 4), rows, values, None, 0)[0].shape == (3, 0)
+    assert kernels.encode(integers(3, 4), rows, values, None, 0)[0].shape == (3, 0)
     assert_same(kernels.decode(none, none.float(), rows, values, 4), torch.zeros(3, 4, device=DEVICE))
     assert_same(kernels.values_grad(integers(3, 4), none, none.float(), rows), torch.zeros(9, 2, device=DEVICE))
-    assert kernels.gram(none, rows, values).shape == (3, 0, 0)
+    assert kernels.gram(none, rows, values, 7).shape == (3, 0, 0)
 
 
 def test_long_codes_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_MAX_K", 4)
-    monkeypatch.setattr(encode, "encode_topk", None)
+    monkeypatch.setattr(topk, "encode_topk", None)
     check_encode(integers(3, 4), mask_rows(4, 9, 2), integers(9, 2), None, 5)
     with pytest.raises(TypeError, match="NoneType"):
-        kernels.encode_topk(integers(3, 4), mask_rows(4, 9, 2), integers(9, 2), None, 4)
+        kernels.encode(integers(3, 4), mask_rows(4, 9, 2), integers(9, 2), None, 4)
 
 
 def test_same_bits_every_time() -> None:
@@ -318,19 +319,19 @@ def test_same_bits_every_time() -> None:
         torch.randn(40, 3, device=DEVICE),
         mask_rows(8, 40, 3),
     )
-    first = kernels.encode_topk(h, rows, values, None, 4)
-    assert_same(kernels.encode_topk(h, rows, values, None, 4), first)
+    first = kernels.encode(h, rows, values, None, 4)
+    assert_same(kernels.encode(h, rows, values, None, 4), first)
     grad = kernels.values_grad(h, *first, rows)
     assert_same(kernels.values_grad(h, *first, rows), grad)
 
 
 def test_bad_input_is_named() -> None:
     h, rows, values = integers(3, 4), mask_rows(4, 9, 2), integers(9, 2)
-    indices, code = kernels.encode_topk(h, rows, values, None, 2)
+    indices, code = kernels.encode(h, rows, values, None, 2)
     with pytest.raises(ValueError, match=r"k must be between 0 and d_sae = 9, got 10"):
-        kernels.encode_topk(h, rows, values, None, 10)
+        kernels.encode(h, rows, values, None, 10)
     with pytest.raises(ValueError, match=r"b_enc must have shape \(9,\)"):
-        kernels.encode_topk(h, rows, values, integers(8), 2)
+        kernels.encode(h, rows, values, integers(8), 2)
     with pytest.raises(TypeError, match="int32"):
         kernels.correlate(h, rows.long(), values)
     with pytest.raises(TypeError, match=r"got torch\.int64"):
@@ -353,5 +354,5 @@ def test_available() -> None:
     assert kernels.available(DEVICE)
     assert kernels.why_not(DEVICE) == ""
     assert "not on meta" in kernels.why_not(torch.device("meta"))
-    code = ops.encode_topk(integers(2, 4), mask_rows(4, 9, 2), integers(9, 2), None, 2, backend="triton")
+    code = ops.encode(integers(2, 4), mask_rows(4, 9, 2), integers(9, 2), None, Selection(2), backend="triton")
     assert isinstance(code, SparseCode)

@@ -91,7 +91,7 @@ def test_activations_and_degenerate_inputs_give_finite_codes(solver) -> None:
 
 @pytest.mark.parametrize("solver", ALL)
 def test_dense_dictionaries_are_refused(solver) -> None:
-    with pytest.raises(ValueError, match="need an expander dictionary"):
+    with pytest.raises(ValueError, match="needs an expander dictionary"):
         solver(gaussian(2), dense(expander()), 3)
 
 

@@ -15,8 +15,8 @@ from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDiction
 from expander_sae.mask import Mask
 from expander_sae.pursuit import matching_pursuit
 from expander_sae.pursuit.unrolled import unrolled_matching_pursuit
-from expander_sae.sae import SAE
-from expander_sae.sae.encoder import UnrolledPursuit, encoder_from
+from expander_sae.sae import ENCODERS, SAE, UnrolledPursuit
+from expander_sae.stored import Section
 from expander_sae.training import recipe
 from expander_sae.training.trainer import TrainConfig, train
 
@@ -76,7 +76,7 @@ def test_codes_and_gradients_are_those_of_the_loop(
             code, decoded = sparse.to_dense(N), matrix.decode(sparse)
         # A loss that depends on the coefficients themselves, not only through the reconstruction.
         ((leaf - decoded).square().sum() + (code.square() * weights).sum()).backward()
-        results.append((code.detach(), leaf.grad, columns.parameter.grad))
+        results.append((code.detach(), leaf.grad, columns.values.grad))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -145,7 +145,8 @@ def test_saved_memory_does_not_grow_with_the_dictionary() -> None:
 def test_the_encoder_by_name() -> None:
     sae = SAE.expander(MASK, K).with_encoder("mp-unrolled", nonnegative=True)
     assert isinstance(sae.encoder, UnrolledPursuit)
-    again = encoder_from(json.loads(json.dumps(sae.encoder.config())), {}, M, N)
+    section = Section(json.loads(json.dumps(sae.encoder.config())), "encoder")
+    again = section.kind(ENCODERS).from_config(section, {}, sae.dictionary)
     assert isinstance(again, UnrolledPursuit)
     assert again.config() == sae.encoder.config()
     assert bool((sae.encode(normal(5, M, dtype=torch.float32)).values >= 0).all())
@@ -161,12 +162,12 @@ def test_trained_by_the_one_loop() -> None:
     made = recipe.resolve(settings)
     sae = made.sae.build(M)
     source = TensorSource(normal(512, M, seed=3, dtype=torch.float32) @ normal(M, M, seed=4, dtype=torch.float32))
-    before = sae.dictionary.parameter.detach().clone()
+    before = sae.dictionary.values.detach().clone()
     h = source.rows(slice(None))
     error = float((h - sae(h)).square().mean().detach())
     options = {"b_dec_init": "mean", "scale_activations": True, "resample_every": 0}
     train(sae, source, TrainConfig(steps=80, batch_size=128, lr=1e-2, **options))
-    assert not torch.equal(before, sae.dictionary.parameter)
+    assert not torch.equal(before, sae.dictionary.values)
     assert float((h - sae(h)).square().mean().detach()) < 0.8 * error
     with pytest.raises(ValueError, match="set aux_k=0"):
         train(sae, source, TrainConfig(steps=1, batch_size=8, aux_k=4))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +116,7 @@ def test_learned_supports_of_every_width(d_in: int, tmp_path: Path) -> None:
     SAE.expander(mask, 1).save_pretrained(tmp_path)
     again = SAE.from_pretrained(tmp_path)
     assert again.dictionary.rows.tolist() == mask.rows.tolist()  # type: ignore[union-attr]
-    assert again.dictionary.mask.recipe is None  # type: ignore[union-attr]
+    assert again.dictionary.recipe is None  # type: ignore[union-attr]
 
 
 def test_a_pursuit_sae_round_trips(tmp_path: Path) -> None:
@@ -124,15 +129,32 @@ def test_a_pursuit_sae_round_trips(tmp_path: Path) -> None:
 
 
 def test_a_drawn_mask_costs_nothing_on_disk(folder: Path) -> None:
-    assert set(load_file(folder / TENSORS_NAME)) == {"values", "b_enc", "b_dec"}
+    assert set(load_file(folder / TENSORS_NAME)) == {"values", "encoder.b_enc", "b_dec"}
 
 
 def test_the_config_names_what_it_holds(folder: Path) -> None:
     config = json.loads((folder / CONFIG_NAME).read_text())
-    assert (config["format"], config["version"]) == ("expander-sae", 1)
-    assert (config["d_in"], config["d_sae"], config["k"]) == (M, N, K)
-    assert config["dictionary"]["mask"]["recipe"] == {"kind": "balanced", "d_in": M, "d_sae": N, "degree": D, "seed": 2}
-    assert config["dictionary"]["mask"]["sha256"] == toy().dictionary.mask.sha256  # type: ignore[union-attr]
+    assert (config["format"], config["version"]) == ("expander-sae", 2)
+    assert (config["d_in"], config["d_sae"], config["signed"]) == (M, N, True)
+    assert config["sparsity"] == {"kind": "topk", "version": 1, "k": K, "relu": False, "rank": "signed"}
+    assert config["encoder"] == {"kind": "tied", "version": 1}
+    assert config["dictionary"] == {
+        "kind": "expander",
+        "version": 1,
+        "unit_norm": True,
+        "basis": {"kind": "standard", "version": 1},
+        "storage": {"kind": "plain", "version": 1, "dtype": "float32"},
+        "mask": {
+            "kind": "balanced",
+            "version": 1,
+            "d_in": M,
+            "d_sae": N,
+            "degree": D,
+            "seed": 2,
+            "options": {},
+            "sha256": toy().dictionary.mask.sha256,  # type: ignore[union-attr]
+        },
+    }
     assert config["files"][TENSORS_NAME]["bytes"] == (folder / TENSORS_NAME).stat().st_size
 
 
@@ -192,16 +214,18 @@ def test_a_config_that_is_none(text: bytes, folder: Path) -> None:
         SAE.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_version_names_both(version: Any, folder: Path) -> None:
     rewrite(folder, lambda config: config.update(version=version))
-    with pytest.raises(SAEFolderError, match=f"format version {version}, this program reads version 1; upgrade"):
+    with pytest.raises(
+        SAEFolderError, match=f"format version {version!r}, this program reads version 2; train and save"
+    ):
         SAE.from_pretrained(folder)
 
 
 def test_a_mask_that_does_not_match_names_both_hashes(folder: Path) -> None:
     recorded = toy().dictionary.mask  # type: ignore[union-attr]
-    rewrite(folder, lambda config: config["dictionary"]["mask"]["recipe"].update(seed=3))
+    rewrite(folder, lambda config: config["dictionary"]["mask"].update(seed=3))
     drawn = Mask.build("balanced", d_in=M, d_sae=N, degree=D, seed=3)
     with pytest.raises(SAEFolderError, match="the mask does not match") as caught:
         SAE.from_pretrained(folder)
@@ -213,15 +237,29 @@ def test_a_mask_that_does_not_match_names_both_hashes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(k=3) or c["encoder"].update(k=N + 1), "k must be between 1 and d_sae"),
+        (lambda c: c["sparsity"].update(k=N + 1), "sparsity.k should be an integer from 1 to 13, it is 14"),
         (lambda c: c["dictionary"].update(kind="low-rank"), "unknown dictionary kind 'low-rank'"),
-        (lambda c: c["dictionary"]["mask"]["recipe"].update(kind="ring"), "unknown mask kind 'ring'"),
-        (lambda c: c["dictionary"]["mask"]["recipe"].update(colour=1), "colour"),
+        (lambda c: c["dictionary"]["mask"].update(kind="ring"), "unknown mask kind 'ring'"),
+        (lambda c: c["dictionary"]["mask"].update(options={"colour": 1}), "has no option 'colour'"),
+        (lambda c: c["dictionary"]["mask"].update(version=2), "the recipe names version 2"),
+        (lambda c: c["dictionary"]["mask"].update(degree=10**9), "mask.degree should be an integer from 1 to 8"),
+        (lambda c: c["dictionary"].update(basis={"kind": "pca", "version": 1}), "dictionary.basis has kind 'pca'"),
+        (
+            lambda c: c["dictionary"].update(storage={"kind": "int4", "version": 1}),
+            "dictionary.storage has kind 'int4'",
+        ),
+        (lambda c: c["dictionary"].update(unit_norm="yes"), "unit_norm should be true or false, it is 'yes'"),
+        (lambda c: c["dictionary"].update(version=7), "dictionary has version 7, this program reads version 1"),
+        (lambda c: c.update(metadata=[]), "config.metadata should be an object"),
+        (lambda c: c.update(encoder=None), "config.encoder should be a section, it is None"),
+        (lambda c: c.update(sections={}), "has an entry 'sections' that this program does not know"),
+        (lambda c: c["sparsity"].update(kind="gated"), "unknown sparsity rule 'gated'"),
+        (lambda c: c["sparsity"].update(relu=1), "sparsity.relu should be true or false, it is 1"),
         (lambda c: c["encoder"].update(kind="gated"), "unknown encoder 'gated'"),
         (lambda c: c.pop("encoder"), "lacks 'encoder'"),
         (lambda c: c["dictionary"].pop("unit_norm"), "lacks 'unit_norm'"),
-        (lambda c: c.update(d_sae=N + 1), f"b_enc should have shape .{N + 1},., it has .{N},"),
-        (lambda c: c.update(d_in=M + 1), "b_dec should be floating point of shape"),
+        (lambda c: c.update(d_sae=N + 1), f"the mask is 8 x 13, the SAE 8 x {N + 1}"),
+        (lambda c: c.update(d_in=M + 1), "'b_dec' should be floating point of shape"),
     ],
 )
 def test_a_consistent_folder_that_makes_no_sense(
@@ -235,12 +273,14 @@ def test_a_consistent_folder_that_makes_no_sense(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("b_dec"), "lacks 'b_dec'"),
-        (lambda t: t.pop("b_enc"), "lacks 'b_enc'"),
-        (lambda t: t.pop("values"), "lacks 'values'"),
-        (lambda t: t.update(b_dec=torch.zeros(M + 1)), "b_dec should be floating point of shape"),
-        (lambda t: t.update(b_dec=torch.zeros(M, dtype=torch.int32)), "b_dec should be floating point"),
-        (lambda t: t.update(values=torch.zeros(N, D + 1)), "values must have the mask's shape"),
+        (lambda t: t.pop("b_dec"), "the tensor 'b_dec' is missing"),
+        (lambda t: t.pop("encoder.b_enc"), "the tensor 'b_enc' is missing"),
+        (lambda t: t.pop("values"), "the tensor 'values' is missing"),
+        (lambda t: t.update(values=torch.full((N, D), torch.nan)), "'values' holds NaN or infinity"),
+        (lambda t: t.update(spare=torch.zeros(1)), "the tensor 'spare' belongs to no part of this SAE"),
+        (lambda t: t.update(b_dec=torch.zeros(M + 1)), "'b_dec' should be floating point of shape"),
+        (lambda t: t.update(b_dec=torch.zeros(M, dtype=torch.int32)), "'b_dec' should be floating point"),
+        (lambda t: t.update(values=torch.zeros(N, D + 1)), "'values' should be floating point of shape"),
         (lambda t: t.update(values=torch.zeros(N, D, dtype=torch.int32)), "floating point"),
     ],
 )
@@ -254,8 +294,10 @@ def test_consistent_weights_that_make_no_sense(
 
 def test_an_encoder_of_another_size(tmp_path: Path) -> None:
     SAE.dense(M, N, k=K, untied=True).save_pretrained(tmp_path)
-    rewrite_tensors(tmp_path, lambda t: t.update({"encoder.weight": torch.zeros(N + 1, M)}))
-    with pytest.raises(SAEFolderError, match=f"the weights are {M} x {N + 1}, the config says {M} x {N}"):
+    rewrite_tensors(tmp_path, lambda t: t.update({"encoder.values": torch.zeros(N + 1, M)}))
+    with pytest.raises(
+        SAEFolderError, match=r"'values' should be floating point of shape \(13, 8\), it is torch.float32 \(14, 8\)"
+    ):
         SAE.from_pretrained(tmp_path)
 
 
@@ -280,7 +322,7 @@ def test_a_failed_save_leaves_the_old_sae_whole(trouble: str, folder: Path, monk
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     other = toy(seed=9)
     if trouble == "disk":
-        monkeypatch.setattr(sae_folder, "save_file", fails)
+        monkeypatch.setattr(sae_folder.safetensors.torch, "save_file", fails)
     other.metadata["metrics"] = {"disk": None, "metadata": {"fvu": torch.zeros(1)}, "nan": {"fvu": float("nan")}}[
         trouble
     ]
@@ -308,3 +350,96 @@ def test_the_same_sae_is_the_same_bytes(tmp_path: Path) -> None:
         shake(toy()).save_pretrained(tmp_path / name)
     for name in (CONFIG_NAME, TENSORS_NAME):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# A save is one atomic change
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from expander_sae import SAE, Mask
+calls, stop = 0, {stop}
+def dying(original):
+    def run(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    return run
+os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+Path.replace = dying(Path.replace)
+SAE.dense(8, 13, k=2, seed=5).save_pretrained({folder!r})
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_a_save_killed_anywhere_leaves_the_old_sae_or_the_new_one(tmp_path: Path) -> None:
+    old, new = shake(toy()).config(), SAE.dense(8, 13, k=2, seed=5).config()
+    seen = set()
+    for stop in range(1, 12):
+        place = tmp_path / str(stop)
+        shake(toy()).save_pretrained(place)
+        script = KILLED_SAVE.format(stop=stop, folder=str(place))
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        found = SAE.from_pretrained(place).config()
+        assert found in (old, new)
+        if ended.returncode == 0:
+            assert found == new
+            break
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        seen.add(found == new)
+        shake(toy()).save_pretrained(place)  # what is left lying about does not hinder the next save
+        assert SAE.from_pretrained(place).config() == old
+        assert sorted(path.name for path in place.glob("[!.]*")) == [CONFIG_NAME, TENSORS_NAME]
+    else:
+        pytest.fail("the save was never let through")
+    assert seen == {True, False}  # it was killed before the switch and after it
+
+
+def test_a_reader_meets_one_of_the_saves_and_never_a_mixture(tmp_path: Path) -> None:
+    saes = [shake(toy()), shake(SAE.dense(M, N, k=2)), shake(toy(untied=True, seed=4))]
+    expected = [{name: t.clone() for name, t in sae._stored_tensors().items()} for sae in saes]
+    saes[0].save_pretrained(tmp_path)
+    ended = threading.Event()
+
+    def save() -> None:
+        for number in range(150):
+            saes[number % 3].save_pretrained(tmp_path)
+        ended.set()
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        while not ended.is_set():
+            found = SAE.from_pretrained(tmp_path)._stored_tensors()
+            assert any(
+                found.keys() == one.keys() and all(torch.equal(found[name], one[name]) for name in one)
+                for one in expected
+            )
+    finally:
+        writer.join()
+
+
+def test_metadata_is_free_and_kept(tmp_path: Path) -> None:
+    sae = toy()
+    sae.metadata |= {"k": 5, "note": {"mine": [1, 2]}, "training": {"seconds": 1.5}}
+    sae.certificate = {"kind": "coherence", "version": 1, "mu": 0.5}
+    sae.save_pretrained(tmp_path)
+    again = SAE.from_pretrained(tmp_path)
+    assert again.k == K
+    assert again.metadata == sae.metadata
+    assert again.certificate == sae.certificate
+    again.save_pretrained(tmp_path / "again")
+    assert SAE.from_pretrained(tmp_path / "again").config() == sae.config()
+
+
+def test_type_place_and_subfolder(tmp_path: Path) -> None:
+    sae = shake(toy())
+    sae.save_pretrained(tmp_path / "layer-3")
+    again = SAE.from_pretrained(tmp_path, subfolder="layer-3", device="cpu", dtype=torch.float64)
+    assert again.dtype == torch.float64
+    assert not again.training
+    assert torch.equal(again.dictionary.values, sae.dictionary.values.double())

@@ -17,8 +17,7 @@ import expander_sae
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary
 from expander_sae.mask import Mask
 from expander_sae.pursuit import omp
-from expander_sae.sae import SAE
-from expander_sae.sae.encoder import TopKEncoder
+from expander_sae.sae import SAE, TiedEncoder, TopK, UntiedEncoder
 
 M, N, D, K = 8, 13, 3, 4
 MASK = Mask.build("left-regular", d_in=M, d_sae=N, degree=D, seed=2)
@@ -44,23 +43,27 @@ def shaken(sae: SAE, seed: int = 0, dtype: torch.dtype = torch.float64) -> SAE:
     return sae.to(dtype)
 
 
+def reader(sae: SAE) -> Tensor:
+    """Dense columns of an untied encoder."""
+    return sae.encoder.own(sae.dictionary.matrix()).to_dense().detach()
+
+
 def explicit(sae: SAE, h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Dense code ``(B, n)``, reconstruction, and leaves by parameter name: the paper's formulas and nothing else."""
     leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in sae.named_parameters()}
 
-    def columns(prefix: str, dictionary: ExpanderDictionary | DenseDictionary) -> Tensor:
-        if isinstance(dictionary, DenseDictionary):
-            w = leaves[f"{prefix}.weight"].T
-        else:
-            mask = torch.nn.functional.one_hot(dictionary.rows.long(), sae.d_in).to(h.dtype)
-            w = torch.einsum("ntm,nt->mn", mask, leaves[f"{prefix}.values"])
-        return w / w.norm(dim=0, keepdim=True) if dictionary.unit_norm else w
+    def columns(name: str) -> Tensor:
+        if isinstance(sae.dictionary, DenseDictionary):
+            return leaves[name].T
+        mask = torch.nn.functional.one_hot(sae.dictionary.rows.long(), sae.d_in).to(h.dtype)
+        return torch.einsum("ntm,nt->mn", mask, leaves[name])
 
-    decoder = columns("dictionary", sae.dictionary)
-    reader = decoder if sae.encoder.own is None else columns("encoder.own", sae.encoder.own)
-    z = (h - leaves["b_dec"]) @ reader + leaves["encoder.b_enc"]
+    decoder = columns("dictionary.values")
+    decoder = decoder / decoder.norm(dim=0, keepdim=True) if sae.dictionary.unit_norm else decoder
+    own = columns("encoder.values") if isinstance(sae.encoder, UntiedEncoder) else decoder
+    z = (h - leaves["b_dec"]) @ own + leaves["encoder.b_enc"]
     x = z * torch.zeros_like(z).scatter(1, z.topk(sae.k, dim=1).indices, 1.0)
-    x = x.relu() if sae.encoder.relu else x
+    x = x if sae.signed else x.relu()
     return x, x @ decoder.T + leaves["b_dec"], leaves
 
 
@@ -100,7 +103,7 @@ def test_an_expander_of_full_degree_is_a_dense_sae() -> None:
     full = shaken(SAE.expander(Mask.build("left-regular", d_in=M, d_sae=N, degree=M), K))
     dense = SAE.dense(M, N, k=K).double()
     with torch.no_grad():
-        dense.dictionary.weight.copy_(full.dictionary.values)
+        dense.dictionary.values.copy_(full.dictionary.values)
         dense.encoder.b_enc.copy_(full.encoder.b_enc)
         dense.b_dec.copy_(full.b_dec)
     h = normal(20, M)
@@ -169,7 +172,7 @@ def test_non_contiguous_activations(make: Callable[..., SAE]) -> None:
 @makers
 def test_all_features_active(make: Callable[..., SAE]) -> None:
     sae = shaken(make())
-    sae.encoder.k = N
+    sae.sparsity.k = N
     h = normal(3, M)
     w = sae.dictionary.to_dense()
     torch.testing.assert_close(sae(h), ((h - sae.b_dec) @ w + sae.encoder.b_enc) @ w.T + sae.b_dec)
@@ -231,7 +234,7 @@ def test_parameters_are_memory_of_their_own(make: Callable[..., SAE], untied: bo
     pointers = [parameter.data_ptr() for parameter in sae.parameters()]
     assert len(pointers) == len(set(pointers)) == (4 if untied else 3)
     if untied:
-        torch.testing.assert_close(sae.encoder.own.to_dense(), sae.dictionary.to_dense())
+        torch.testing.assert_close(reader(sae), sae.dictionary.to_dense())
         assert sae.num_values == 2 * sae.dictionary.num_values
 
 
@@ -301,6 +304,55 @@ def test_copies_are_equal_and_independent(make: Callable[..., SAE], untied: bool
     assert sae.metadata["training"]["seconds"] == 1.0
 
 
+def test_a_state_brings_its_supports_along() -> None:
+    sae = shaken(SAE.expander(MASK, K, untied=True))
+    other = SAE.expander(Mask.build("balanced", d_in=M, d_sae=N, degree=D, seed=8), K, untied=True).double()
+    theirs = other.dictionary.mask
+    other.load_state_dict(sae.state_dict())
+    h = normal(5, M)
+    assert torch.equal(other(h), sae(h))
+    assert other.dictionary.recipe == sae.dictionary.recipe
+    assert other.config() == sae.config()
+    assert theirs.sha256 == Mask.from_recipe(theirs.recipe).sha256  # a mask handed out before stays as it was
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        SAE.expander(Mask.build("balanced", d_in=M, d_sae=N, degree=D + 1), K, untied=True).load_state_dict(
+            sae.state_dict()
+        )
+    wider = SAE.expander(Mask.build("balanced", d_in=M + 1, d_sae=N, degree=D), K, untied=True)
+    with pytest.raises(ValueError, match="the state is of a dictionary with d_in = 8, this one has d_in = 9"):
+        wider.load_state_dict(sae.state_dict())
+    with pytest.raises(ValueError, match="not distinct and ascending"):
+        other.load_state_dict(sae.state_dict() | {"dictionary.rows": sae.dictionary.rows.flip(1)})
+
+
+def test_supports_that_moved() -> None:
+    sae = shaken(SAE.expander(MASK, K, untied=True))
+    before, values = sae.dictionary.to_dense(), normal(2, D)
+    sae.dictionary.move(torch.tensor([2, 5]), torch.tensor([[7, 0, 3], [1, 2, 6]]), values)
+    assert sae.dictionary.recipe is None
+    assert sae.dictionary.rows[[2, 5]].tolist() == [[0, 3, 7], [1, 2, 6]]
+    after = sae.dictionary.to_dense()
+    torch.testing.assert_close(after[[7, 0, 3], 2], values[0] / values[0].norm())
+    kept = [j for j in range(N) if j not in (2, 5)]
+    assert torch.equal(after[:, kept], before[:, kept])
+    assert (reader(sae)[:, 2] != 0).nonzero().flatten().tolist() == [0, 3, 7]  # one copy: the encoder moved with it
+    assert MASK.sha256 == Mask.from_recipe(MASK.recipe).sha256
+    twin = SAE.expander(MASK, K, untied=True).double()
+    twin.load_state_dict(sae.state_dict())
+    assert twin.config() == sae.config()
+    with pytest.raises(ValueError, match="distinct and ascending"):
+        sae.dictionary.move(torch.tensor([2]), torch.tensor([[7, 7, 3]]), values[:1])
+
+
+def test_float16_refuses_what_it_cannot_hold() -> None:
+    sae = SAE.expander(MASK, K).half()
+    h = normal(5, M).float()
+    h[3, 2] = 70_000
+    with pytest.raises(ValueError, match="1 of the 5 activation vectors exceed 65504, the largest float16"):
+        sae.encode(h)
+    assert torch.isfinite(SAE.expander(MASK, K).bfloat16()(h)).all()
+
+
 @makers
 @untied
 def test_state_dict_round_trip(make: Callable[..., SAE], untied: bool) -> None:
@@ -316,7 +368,7 @@ def test_training_through_reset_features(make: Callable[..., SAE]) -> None:
     targets = normal(2, M)
     bias = sae.encoder.b_enc.detach().clone()
     sae.reset_features(torch.tensor([1, 6]), targets)
-    w, own = sae.dictionary.to_dense(), sae.encoder.own.to_dense()
+    w, own = sae.dictionary.to_dense(), reader(sae)
     for j, target in zip((1, 6), targets, strict=True):
         aimed = target * MASK.to_dense()[:, j] if make is MAKERS["expander"] else target
         torch.testing.assert_close(w[:, j], aimed / aimed.norm())
@@ -369,7 +421,7 @@ def test_another_encoder_on_the_same_dictionary() -> None:
 
 def test_a_pursuit_sae_is_trained_through_its_decoder() -> None:
     sae, h = shaken(SAE.expander(MASK, K)).with_encoder("omp"), normal(10, M)
-    code, recon = sae.encode_decode(h)
+    code, recon = sae.encode(h), sae(h)
     (h - recon).square().sum().backward()
     values = sae.dictionary.values.detach().requires_grad_()
     w = (values / values.norm(dim=1, keepdim=True))[code.indices.long()]  # (B, k, d)
@@ -395,5 +447,5 @@ def test_the_package_offers_what_the_readme_imports() -> None:
 
 def test_foreign_parts_fit_together() -> None:
     dictionary = ExpanderDictionary(MASK, normal(N, D).float(), unit_norm=False)
-    sae = SAE(dictionary, TopKEncoder(N, K))
+    sae = SAE(dictionary, TiedEncoder(N), TopK(N, K))
     assert sae(torch.zeros(2, M)).shape == (2, M)

@@ -65,7 +65,7 @@ def test_it_is_the_least_squares_solution(
 ) -> None:
     sae, h = made(kind, seed=seed, encoder=encoder), normal(samples, M, seed=seed + 1)
     if encoder == "tied" and kind == "expander":
-        sae.encoder.relu = True  # type: ignore[assignment]
+        sae.sparsity.relu = True  # type: ignore[assignment]
     code = sae.encode(h)
     w, b = lstsq(sae, h, code, ridge)
     update = refit_dictionary(sae, TensorSource(h), batch_size=batch_size, ridge=ridge)
@@ -80,14 +80,14 @@ def test_it_is_the_least_squares_solution(
 def test_unit_norm_columns_and_what_it_means_for_the_codes(kind: str) -> None:
     free, bound, h = made(kind), made(kind, unit_norm=True), normal(200, M, seed=3)
     with torch.no_grad():
-        free.dictionary.parameter.copy_(unit_rows(bound.dictionary.parameter))
+        free.dictionary.values.copy_(unit_rows(bound.dictionary.values))
         free.b_dec.copy_(bound.b_dec)
     code = bound.encode(h)
     source = TensorSource(h)
     refit_dictionary(free, source, batch_size=50)
     update = refit_dictionary(bound, source, batch_size=50)
     torch.testing.assert_close(bound.dictionary.to_dense() * update.scales, free.dictionary.to_dense())
-    torch.testing.assert_close(bound.dictionary.parameter.norm(dim=1), torch.ones(N, dtype=torch.float64))
+    torch.testing.assert_close(bound.dictionary.values.norm(dim=1), torch.ones(N, dtype=torch.float64))
     scaled = SparseCode(code.indices, code.values * update.scales[code.indices.long()])
     torch.testing.assert_close(bound.decode(scaled), free.decode(code))
 
@@ -108,7 +108,7 @@ def test_the_error_of_pursuit_codes_falls(kind: str) -> None:
 def test_alternation_learns_and_uses_every_feature() -> None:
     sae = made("expander", unit_norm=True, k=2)
     with torch.no_grad():  # two features that nothing selects
-        sae.dictionary.parameter[[3, 7]] = 0
+        sae.dictionary.values[[3, 7]] = 0
     source = TensorSource(normal(4000, 4, seed=1) @ normal(4, M, seed=2))
     before = float((source.rows(slice(None)) - sae(source.rows(slice(None)))).square().sum().detach())
     updates = list(alternate(sae, source, 4, rows=1000, batch_size=300, resample_below=1))
@@ -123,11 +123,11 @@ def test_features_without_a_fire_stay_and_rows_without_a_column_get_the_mean() -
     rows = torch.tensor([[0, 1], [1, 2], [0, 2]])
     sae = SAE.expander(Mask.from_rows(rows, d_in=4), 1).with_encoder("omp").double()
     with torch.no_grad():
-        sae.dictionary.parameter.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+        sae.dictionary.values.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
     h = torch.tensor([[2.0, 0.1, 0.0, 5.0], [3.0, -0.1, 0.0, 7.0]], dtype=torch.float64)  # feature 0 both times
     update = refit_dictionary(sae, TensorSource(h), batch_size=2)
     assert update.fires.tolist() == [2, 0, 0]
-    assert sae.dictionary.parameter[1:].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert sae.dictionary.values[1:].tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert float(sae.b_dec[3].detach()) == pytest.approx(6.0)
 
 

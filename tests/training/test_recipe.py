@@ -22,7 +22,7 @@ from expander_sae.training.trainer import TrainConfig
 def test_the_paper_is_the_defaults() -> None:
     recipe = resolve({"preset": "paper"})
     assert (recipe.sae, recipe.train) == (SAEConfig(), TrainConfig())
-    assert (recipe.sae.dictionary, recipe.sae.encoder, recipe.sae.relu) == ("expander", "tied", False)
+    assert (recipe.sae.dictionary, recipe.sae.encoder, recipe.sae.build(8).signed) == ("expander", "tied", True)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -71,9 +71,9 @@ def test_the_effective_settings_written_and_read_are_the_same(preset: str, suffi
         (["lr=1e-3"], {"lr": 1e-3}),
         (["lr=1"], {"lr": 1.0}),
         (["lr_final=0"], {"lr_final": 0.0}),
-        (["steps=200", "relu=true"], {"steps": 200, "relu": True}),
+        (["steps=200", "sparsity=batch-topk"], {"steps": 200, "sparsity": "batch-topk"}),
         ([" steps = 200 "], {"steps": 200}),
-        (["relu=no"], {"relu": False}),
+        (["sparsity_options={relu: no}"], {"sparsity_options": {"relu": False}}),
         (["b_dec_init=mean"], {"b_dec_init": "mean"}),
         (["steps=3", "steps=4"], {"steps": 4}),
         (
@@ -125,13 +125,17 @@ def test_a_value_may_hold_an_equals_sign() -> None:
         ({"lr": "nan"}, "lr"),
         ({"lr_final": ".inf"}, "lr_final must be of type float, got '.inf'"),
         ({"lr_final": float("inf")}, "lr_final must be finite"),
-        ({"relu": 1}, "relu must be of type bool, got 1"),
+        ({"sparsity_options": True}, "sparsity_options must be a mapping"),
+        ({"sparsity_options": {"rellu": True}}, "the sparsity rule 'topk' has no option 'rellu'; did you mean 'relu'"),
+        ({"sparsity": "topp"}, "unknown sparsity rule 'topp'; did you mean 'topk'"),
+        ({"mask_options": {"alpha": 1}}, "mask kind 'left-regular' has no option 'alpha'; it takes none"),
         ({"dictionary": "sparse"}, "dictionary must be one of 'expander', 'dense', got 'sparse'"),
         ({"dictionary": ["dense"]}, "dictionary must be one of"),
-        ({"mask": 7}, "mask must be one of"),
-        ({"encoder": "gated"}, "encoder must be 'tied', 'untied' or a pursuit"),
+        ({"mask": "ring"}, "unknown mask kind 'ring'"),
+        ({"mask": 7}, "mask must be of type str"),
+        ({"encoder": "gated"}, "unknown encoder 'gated'"),
         ({"encoder": 3}, "encoder must be of type str, got 3"),
-        ({"encoder_options": {"block": 3}}, "the tied encoder has no options"),
+        ({"encoder_options": {"block": 3}}, "the tied encoder has no option"),
         ({"encoder": "omp", "encoder_options": {"rounds": 3}}, "solver 'omp' has no option 'rounds'"),
         ({"encoder": "omp", "encoder_options": 3}, "encoder_options must be a mapping"),
     ],
@@ -178,7 +182,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ({"degree": 9}, "degree 9 exceeds d_in 8"),
         ({"degree": 0}, "degree must be at least 1"),
         ({"d_sae": 0}, "d_sae"),
-        ({"d_sae": 0, "dictionary": "dense"}, "d_in and d_sae must be at least 1"),
+        ({"d_sae": 0, "dictionary": "dense"}, "d_sae must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
@@ -196,15 +200,16 @@ def test_every_combination_is_built(dictionary: str, encoder: str) -> None:
         "dictionary": dictionary,
         "encoder": encoder,
         "mask": "balanced",
-        "relu": True,
     }
     sae = resolve(settings).sae.build(8)
     assert sae.dictionary.kind == dictionary
     assert sae.encoder.kind == encoder
     if dictionary == "expander":
-        assert sae.config()["dictionary"]["mask"]["recipe"]["kind"] == "balanced"
+        assert sae.config()["dictionary"]["mask"]["kind"] == "balanced"
     if encoder in ("tied", "untied"):
-        assert sae.encoder.relu
+        assert not sae.signed  # preset `modern`
+    else:
+        assert sae.signed  # whose ReLU yields to a pursuit, as its AuxK does
 
 
 def test_the_seed_draws_mask_and_values() -> None:

@@ -373,12 +373,12 @@ def test_an_interrupted_sae_is_usable_as_far_as_it_got() -> None:
     ("sae", "config", "message"),
     [
         (expander(), replace(PAPER, lr=2e-2, seed=4), r"train\.lr was 0\.01 and is 0\.02; train\.seed was 0 and is 4"),
-        (expander(relu=True), PAPER, r"sae\.encoder\.relu was False and is True"),
+        (expander(relu=True), PAPER, r"sae\.sparsity\.relu was False and is True"),
         (expander().double(), PAPER, r"sae\.dtype was 'torch.float32' and is 'torch.float64'"),
         (
             SAE.expander(Mask.build("left-regular", d_in=M, d_sae=N, degree=D, seed=2), K),
             PAPER,
-            r"mask\.recipe\.seed was 1 and is 2",
+            r"mask\.seed was 1 and is 2",
         ),
     ],
 )
@@ -584,9 +584,9 @@ def test_the_auxk_gradient_reaches_dead_features_only(untied: bool) -> None:
     expected = 0.25 * (residual - x @ w.T).square().sum(dim=1).mean()
     torch.testing.assert_close(loss.detach(), expected)
 
-    per_feature = [sae.dictionary.parameter, sae.encoder.b_enc]
+    per_feature = [sae.dictionary.values, sae.encoder.b_enc]
     if untied:
-        per_feature.append(sae.encoder.own.parameter)
+        per_feature.append(sae.encoder.values)
     for parameter in per_feature:
         touched = (parameter.grad.reshape(N, -1) != 0).any(dim=1)
         assert touched.nonzero().flatten().tolist() == dead

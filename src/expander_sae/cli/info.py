@@ -18,7 +18,7 @@ def info(
     """What an SAE folder or an activation store is: sizes in values and bytes, origin, hashes verified."""
     from expander_sae import files
     from expander_sae.data import MANIFEST, ActivationStore
-    from expander_sae.sae.sae import METADATA_KEYS, SAE
+    from expander_sae.sae import SAE
 
     if (Path(folder) / MANIFEST).exists():
         store = ActivationStore.open(folder, verify="sha256", allow_incomplete=True)
@@ -40,7 +40,8 @@ def info(
             "learned values": f"{sae.num_values:,}",
             "bytes of weights": f"{sae.num_bytes:,} ({files.human_bytes(sae.num_bytes)})",
             **config["dictionary"],
-            **{key: config[key] for key in METADATA_KEYS if key in config},
+            "signed codes": "yes" if sae.signed else "no",
+            **sae.metadata,
             "hashes": "files and mask match their SHA-256",
         }
     width = max(len(name) for name in facts)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from expander_sae.dictionary.dictionary import (
+    DICTIONARIES,
     DenseDictionary,
-    DenseMatrix,
     Dictionary,
     ExpanderDictionary,
-    ExpanderMatrix,
-    Matrix,
     dictionary_from,
     smallest_unsigned,
-    unit_rows,
 )
+from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
+from expander_sae.dictionary.unit import unit_rows
 
 __all__ = [
+    "DICTIONARIES",
     "DenseDictionary",
     "DenseMatrix",
     "Dictionary",

@@ -1,231 +1,60 @@
-"""Dictionaries: what stores the columns ``W``, and the linear map they define.
+"""Dictionaries: the modules that own the learned columns, hand out their matrix and count their storage.
 
-A *matrix* (:class:`ExpanderMatrix`, :class:`DenseMatrix`) is the map held still: correlate, combine, Gram entries,
-selection. A *dictionary* (:class:`ExpanderDictionary`, :class:`DenseDictionary`) is an ``nn.Module`` that owns the
-learned values, hands out its matrix and counts its storage. Encoders and pursuits see matrices only.
+Encoders and pursuits see the :class:`~expander_sae.dictionary.matrix.Matrix` only. A new kind of dictionary is a
+subclass here or in a plug-in, its matrix, and its entry in :data:`DICTIONARIES`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expander_sae import ops
-from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode, dense
+from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
+from expander_sae.dictionary.unit import SMALLEST_NORM, unit_rows
+from expander_sae.mask import Mask, MaskRecipe, check_rows, sort_entries
+from expander_sae.registry import Registry
+from expander_sae.stored import Section, take_tensor
 
-_SMALLEST_NORM = 1e-12  # a zero column stays zero instead of turning into NaN
-
-
-class Matrix(Protocol):
-    """``W`` of shape ``(m, n)`` = ``(d_in, d_sae)``, held still; differentiable. ``B`` is any batch shape."""
-
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def d_sae(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-
-    def correlate(self, h: Tensor) -> Tensor:
-        """``Wᵀh``: ``(B, m)`` to ``(B, n)``."""
-        ...
-
-    def topk(
-        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
-    ) -> SparseCode:
-        """The ``k`` largest entries of ``Wᵀh + b_enc``; ties to the lower index."""
-        ...
-
-    def decode(self, code: SparseCode) -> Tensor:
-        """``Wx``: ``(B, m)``."""
-        ...
-
-    def correlate_at(self, h: Tensor, indices: Tensor) -> Tensor:
-        """Entries of ``Wᵀh`` at ``indices (B, k)``."""
-        ...
-
-    def gram(self, indices: Tensor) -> Tensor:
-        """``W_SᵀW_S`` for each support: ``(B, k)`` to ``(B, k, k)``."""
-        ...
-
-    def columns(self, indices: Tensor) -> Tensor:
-        """Dense columns: ``(...)`` integer to ``(..., m)``."""
-        ...
-
-    def norms(self) -> Tensor:
-        """Column norms ``(n,)``."""
-        ...
-
-    def subset(self, features: Tensor) -> Self:
-        """The matrix of the named columns, in that order."""
-        ...
-
-    def detach(self) -> Self:
-        """The same matrix outside the autograd graph."""
-        ...
-
-    def to_dense(self) -> Tensor:
-        """``(m, n)``."""
-        ...
-
-
-@dataclass(frozen=True)
-class ExpanderMatrix:
-    """``W[rows[j, t], j] = values[j, t]``: ``d`` entries a column, ``Wᵀh`` in ``d·n`` multiplications."""
-
-    rows: Tensor
-    values: Tensor
-    d_in: int
-
-    @property
-    def d_sae(self) -> int:
-        return self.rows.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def correlate(self, h: Tensor) -> Tensor:
-        return ops.correlate(h, self.rows, self.values, m=self.d_in)
-
-    def topk(
-        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
-    ) -> SparseCode:
-        return ops.encode_topk(h, self.rows, self.values, b_enc, k, relu=relu, magnitude=magnitude, m=self.d_in)
-
-    def decode(self, code: SparseCode) -> Tensor:
-        return ops.decode(code, self.rows, self.values, self.d_in)
-
-    def correlate_at(self, h: Tensor, indices: Tensor) -> Tensor:
-        return ops.correlate_at(h, indices, self.rows, self.values, m=self.d_in)
-
-    def gram(self, indices: Tensor) -> Tensor:
-        return ops.gram(indices, self.rows, self.values)
-
-    def columns(self, indices: Tensor) -> Tensor:
-        picked = indices.long()
-        out = self.values.new_zeros(*indices.shape, self.d_in)
-        return out.scatter(-1, self.rows[picked].long(), self.values[picked])
-
-    def norms(self) -> Tensor:
-        return self.values.norm(dim=1)
-
-    def subset(self, features: Tensor) -> Self:
-        return replace(self, rows=self.rows[features], values=self.values[features])
-
-    def detach(self) -> Self:
-        return replace(self, values=self.values.detach())
-
-    def to_dense(self) -> Tensor:
-        return self.columns(torch.arange(self.d_sae, device=self.device)).T
-
-
-@dataclass(frozen=True)
-class DenseMatrix:
-    """``W = weightᵀ`` with ``weight (n, m)``: a feature's column is one contiguous row in memory."""
-
-    weight: Tensor
-
-    @property
-    def d_in(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def correlate(self, h: Tensor) -> Tensor:
-        return F.linear(self._fitting(h), self.weight)
-
-    def topk(
-        self, h: Tensor, b_enc: Tensor | None, k: int, *, relu: bool = False, magnitude: bool = False
-    ) -> SparseCode:
-        if not 1 <= k <= self.d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {self.d_sae}, got {k}")
-        indices, values = dense.encode_topk(
-            self._fitting(h).reshape(-1, self.d_in), self.weight, b_enc, k, relu, magnitude
-        )
-        return SparseCode(indices, values).reshape(*h.shape[:-1])
-
-    def decode(self, code: SparseCode) -> Tensor:
-        flat = code.reshape(-1)
-        return dense.decode(flat.indices, flat.values, self.weight).reshape(*code.batch_shape, self.d_in)
-
-    def correlate_at(self, h: Tensor, indices: Tensor) -> Tensor:
-        flat = indices.reshape(-1, indices.shape[-1])
-        return dense.correlate_at(self._fitting(h).reshape(-1, self.d_in), flat, self.weight).reshape(indices.shape)
-
-    def gram(self, indices: Tensor) -> Tensor:
-        columns = self.columns(indices)
-        return columns @ columns.mT
-
-    def columns(self, indices: Tensor) -> Tensor:
-        return self.weight[indices.long()]
-
-    def norms(self) -> Tensor:
-        return self.weight.norm(dim=1)
-
-    def subset(self, features: Tensor) -> Self:
-        return replace(self, weight=self.weight[features])
-
-    def detach(self) -> Self:
-        return replace(self, weight=self.weight.detach())
-
-    def to_dense(self) -> Tensor:
-        return self.weight.T
-
-    def _fitting(self, h: Tensor) -> Tensor:
-        if h.shape[-1] != self.d_in:
-            raise ValueError(f"activations have width {h.shape[-1]}, the dictionary has d_in = {self.d_in}")
-        return h
+EXPLICIT = "explicit"  # in the place of a mask kind: the supports are stored
+_STANDARD_BASIS = {"kind": "standard", "version": 1}  # the only one there is; the section is reserved for others
+_PLAIN_STORAGE = {"kind": "plain", "version": 1}  # values as a tensor of their own type; reserved likewise
 
 
 class Dictionary(nn.Module):
-    """The learned columns of an SAE. ``unit_norm`` normalises them in the forward pass, as the paper does."""
+    """The learned columns of an SAE.
 
-    unit_norm: bool
-    kind: str
+    Args:
+        values: one floating-point row for each feature.
+        unit_norm: normalise columns in the forward pass, as the paper does.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    d_in: int
+    degree: int | None = None
+    """Rows each column uses, if that is fewer than all."""
+
+    def __init__(self, values: Tensor, *, unit_norm: bool) -> None:
+        super().__init__()
+        self.unit_norm = unit_norm
+        self.values = nn.Parameter(values.contiguous())
 
     def matrix(self) -> Matrix:
         """The map, with unit-norm columns if ``unit_norm``. Hold it while parameters stand still: it is made anew."""
         raise NotImplementedError
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The learned values, one feature a row."""
-        raise NotImplementedError
-
-    @property
-    def d_in(self) -> int:
-        raise NotImplementedError
-
-    @property
     def d_sae(self) -> int:
-        return self.parameter.shape[0]
+        return self.values.shape[0]
 
     @property
     def num_values(self) -> int:
         """Learned values: ``d·n`` on an expander, ``m·n`` dense."""
-        return self.parameter.numel()
+        return self.values.numel()
 
     @property
     def support_bytes(self) -> int:
@@ -234,38 +63,60 @@ class Dictionary(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk: values in the parameter's type, plus supports."""
-        return self.num_values * self.parameter.element_size() + self.support_bytes
+        """Bytes on disk: values in their own type, plus supports."""
+        return self.num_values * self.values.element_size() + self.support_bytes
 
     def to_dense(self) -> Tensor:
         """``W`` as ``(m, n)``, detached."""
         return self.matrix().detach().to_dense()
 
     def config(self) -> dict[str, Any]:
-        """What, with :meth:`stored_tensors`, rebuilds the dictionary."""
-        return {"kind": self.kind, "unit_norm": self.unit_norm}
+        """The section of ``config.json`` that, with :meth:`stored_tensors`, rebuilds the dictionary."""
+        storage = _PLAIN_STORAGE | {"dtype": str(self.values.dtype).removeprefix("torch.")}
+        return {
+            "kind": self.kind,
+            "version": self.version,
+            "unit_norm": self.unit_norm,
+            "basis": dict(_STANDARD_BASIS),
+            "storage": storage,
+        }
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """What goes to disk."""
+        return {"values": self.values.detach()}
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Self:
+        """Rebuild from :meth:`config` and :meth:`stored_tensors`.
+
+        Raises:
+            ValueError: an entry or tensor that is missing, of another type or size, or not the one recorded.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
-    def point_at(self, features: Tensor, targets: Tensor) -> None:
-        """Set the columns of ``features (f,)`` to ``targets (f, m)`` restricted to their supports, at unit norm.
+    def point_at(self, features: Tensor, targets: Tensor, norm: float = 1.0) -> None:
+        """Set the values of ``features (f,)`` to ``targets (f, m)`` restricted to their supports, at norm ``norm``.
 
-        A target that vanishes on a column's support leaves that column alone.
+        With ``unit_norm`` the norm of the values does not show in the columns, but a smaller one makes the optimiser's
+        steps turn them faster. A target that vanishes on a column's support leaves that column alone.
         """
-        new = self._restrict(features, targets.to(self.parameter.dtype))
+        new = self._restrict(features, targets.to(self.values.dtype))
         norms = new.norm(dim=1, keepdim=True)
-        old = self.parameter[features]
-        self.parameter[features] = torch.where(norms > _SMALLEST_NORM, new / norms.clamp_min(_SMALLEST_NORM), old)
+        unit = new / norms.clamp_min(SMALLEST_NORM)
+        pointed = unit if norm == 1.0 else unit * norm
+        self.values[features] = torch.where(norms > SMALLEST_NORM, pointed, self.values[features])
 
     def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
+        """``targets (f, m)`` as values of the features."""
         raise NotImplementedError
 
 
 class ExpanderDictionary(Dictionary):
-    """Columns on a fixed mask: ``d·n`` learned values.
+    """Columns on a mask: ``d·n`` learned values.
+
+    The supports are state: the buffer ``rows`` is their one copy, in ``state_dict`` together with the recipe that
+    redraws them, so that values are never read on another mask than their own.
 
     Args:
         mask: the supports.
@@ -285,46 +136,99 @@ class ExpanderDictionary(Dictionary):
         unit_norm: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         if values is None:
             values = torch.randn(mask.rows.shape, generator=generator).mul_(mask.degree**-0.5)
         if values.shape != mask.rows.shape:
             raise ValueError(f"values must have the mask's shape {tuple(mask.rows.shape)}, got {tuple(values.shape)}")
-        self.mask = mask
-        self.unit_norm = unit_norm
-        self.values = nn.Parameter(values.contiguous())
-        self.register_buffer("rows", mask.rows, persistent=False)
+        super().__init__(values, unit_norm=unit_norm)
+        self.d_in = mask.d_in
+        self.recipe = mask.recipe
         self.rows: Tensor
+        self.register_buffer("rows", mask.rows)
 
     def matrix(self) -> ExpanderMatrix:
-        values = unit_rows(self.values) if self.unit_norm else self.values
-        return ExpanderMatrix(self.rows, values, self.mask.d_in)
+        return ExpanderMatrix(self.rows, unit_rows(self.values) if self.unit_norm else self.values, self.d_in)
 
     @property
-    def parameter(self) -> nn.Parameter:
-        return self.values
+    def mask(self) -> Mask:
+        """The supports as they are now."""
+        return Mask(self.rows, self.d_in, self.recipe)
 
     @property
-    def d_in(self) -> int:
-        return self.mask.d_in
-
-    @property
-    def degree(self) -> int:
-        return self.mask.degree
+    def degree(self) -> int:  # type: ignore[override]
+        return self.rows.shape[1]
 
     @property
     def support_bytes(self) -> int:
-        return 0 if self.mask.recipe else self.mask.rows.numel() * smallest_unsigned(self.d_in).itemsize
+        return 0 if self.recipe else self.rows.numel() * smallest_unsigned(self.d_in).itemsize
+
+    @torch.no_grad()
+    def move(self, features: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Give ``features (f,)`` other supports ``rows (f, d)``, in any order, with their ``values (f, d)``.
+
+        From then on the supports are stored: no recipe redraws them.
+
+        Raises:
+            ValueError: rows that repeat or lie outside ``[0, d_in)``, or shapes that do not fit.
+        """
+        rows, values = sort_entries(rows, values)
+        check_rows(rows, self.d_in)
+        moved = self.rows.clone()  # a mask that shares the old rows keeps them
+        moved[features] = rows.to(moved.device)
+        self.rows, self.recipe = moved, None
+        self.values[features] = values.to(self.values)
+
+    def get_extra_state(self) -> Tensor:
+        """Width and recipe as JSON bytes: a tensor, so that checkpoints without pickles can keep it."""
+        state = {"d_in": self.d_in, "recipe": self.recipe.to_dict() if self.recipe else None}
+        return torch.frombuffer(bytearray(json.dumps(state, sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        recipe = _read_extra(state)["recipe"]
+        self.recipe = MaskRecipe(**recipe) if recipe else None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+        extra, rows = state_dict.get(f"{prefix}_extra_state"), state_dict.get(f"{prefix}rows")
+        if extra is not None and (width := _read_extra(extra)["d_in"]) != self.d_in:
+            raise ValueError(f"the state is of a dictionary with d_in = {width}, this one has d_in = {self.d_in}")
+        if rows is not None:
+            check_rows(rows, self.d_in)
+            self.rows = self.rows.clone()  # copied into below; a mask that shares the old rows keeps them
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def config(self) -> dict[str, Any]:
-        recipe = self.mask.recipe.to_dict() if self.mask.recipe else None
-        return super().config() | {"degree": self.degree, "mask": {"recipe": recipe, "sha256": self.mask.sha256}}
+        recipe = self.recipe.to_dict() if self.recipe else {"kind": EXPLICIT, "version": 1}
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "degree": self.degree}
+        return super().config() | {"mask": recipe | sizes | {"sha256": self.mask.sha256}}
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        tensors = {"values": self.values.detach()}
-        if self.mask.recipe is None:
-            tensors["rows"] = self.rows.to(smallest_unsigned(self.d_in))
-        return tensors
+        supports = {} if self.recipe else {"rows": self.rows.to(smallest_unsigned(self.d_in))}
+        return super().stored_tensors() | supports
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Self:
+        unit_norm = _common(section, "mask")
+        recorded = section.section("mask")
+        degree = recorded.integer("degree", 1, d_in)
+        sizes = (recorded.integer("d_in"), recorded.integer("d_sae"))
+        if sizes != (d_in, d_sae):
+            raise ValueError(f"the mask is {sizes[0]} x {sizes[1]}, the SAE {d_in} x {d_sae}")
+        values = take_tensor(tensors, "values", (d_sae, degree))  # first: no mask is drawn that the values do not fit
+        if recorded.text("kind") == EXPLICIT:
+            recorded.version(1)
+            mask = Mask.from_rows(_stored_rows(tensors, (d_sae, degree)), d_in)
+        else:
+            options, seed = recorded.mapping("options"), recorded.integer("seed", 0, 2**64 - 1)
+            recipe = MaskRecipe(
+                recorded.text("kind"), d_in, d_sae, degree, seed, options, version=recorded.integer("version")
+            )
+            mask = Mask.from_recipe(recipe)
+        if mask.sha256 != recorded.text("sha256"):
+            raise ValueError(
+                f"the mask does not match the one the SAE was trained on: its hash is {mask.sha256}, the config "
+                f"records {recorded.text('sha256')}. The recipe or the stored supports were changed."
+            )
+        return cls(mask, values, unit_norm=unit_norm)
 
     def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
         return targets.gather(1, self.rows[features].long())
@@ -334,16 +238,15 @@ class ExpanderDictionary(Dictionary):
 
 
 class DenseDictionary(Dictionary):
-    """Columns without a mask: ``m·n`` learned values, ``weight (n, m)``."""
+    """Columns without a mask: ``m·n`` learned values, ``values (n, m)``."""
 
     kind = "dense"
 
-    def __init__(self, weight: Tensor, *, unit_norm: bool = True) -> None:
-        super().__init__()
-        if weight.dim() != 2:
-            raise ValueError(f"weight must have shape (d_sae, d_in), got {tuple(weight.shape)}")
-        self.unit_norm = unit_norm
-        self.weight = nn.Parameter(weight.contiguous())
+    def __init__(self, values: Tensor, *, unit_norm: bool = True) -> None:
+        if values.dim() != 2:
+            raise ValueError(f"values must have shape (d_sae, d_in), got {tuple(values.shape)}")
+        super().__init__(values, unit_norm=unit_norm)
+        self.d_in = values.shape[1]
 
     @classmethod
     def random(
@@ -353,18 +256,12 @@ class DenseDictionary(Dictionary):
         return cls(unit_rows(torch.randn(d_sae, d_in, generator=generator)), unit_norm=unit_norm)
 
     def matrix(self) -> DenseMatrix:
-        return DenseMatrix(unit_rows(self.weight) if self.unit_norm else self.weight)
+        return DenseMatrix(unit_rows(self.values) if self.unit_norm else self.values)
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.weight
-
-    @property
-    def d_in(self) -> int:
-        return self.weight.shape[1]
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight.detach()}
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Self:
+        unit_norm = _common(section)
+        return cls(take_tensor(tensors, "values", (d_sae, d_in)), unit_norm=unit_norm)
 
     def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
         return targets
@@ -373,34 +270,10 @@ class DenseDictionary(Dictionary):
         return f"d_in={self.d_in}, d_sae={self.d_sae}, unit_norm={self.unit_norm}"
 
 
-class _UnitRows(torch.autograd.Function):
-    """``F.normalize`` in fewer passes over memory: forward and backward take .4 of its time at a million features."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
-        norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)
-        unit = values / norms
-        ctx.save_for_backward(unit, norms)
-        ctx.set_materialize_grads(False)
-        return unit, norms
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_norms: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # The norms are an output as well, so that the gradient of this gradient is right; else nobody asks for theirs.
-        unit, norms = ctx.saved_tensors
-        through_norms = None if grad_norms is None else grad_norms * unit
-        if grad is None:
-            return through_norms
-        along = (unit * grad).sum(dim=1, keepdim=True)
-        through_unit = torch.addcmul(grad, unit, along, value=-1) / norms
-        return through_unit if through_norms is None else through_unit + through_norms
-
-
-def unit_rows(values: Tensor) -> Tensor:
-    """Rows at unit norm; a zero row stays zero."""
-    if values.dtype == torch.float16:  # the smallest norm would be 0 in it
-        return unit_rows(values.float()).half()
-    return _UnitRows.apply(values)[0]  # type: ignore[index]
+DICTIONARIES: Registry[type[Dictionary]] = Registry("dictionary kind")
+"""Dictionaries by kind."""
+DICTIONARIES.add("expander", ExpanderDictionary)
+DICTIONARIES.add("dense", DenseDictionary)
 
 
 def smallest_unsigned(bound: int) -> torch.dtype:
@@ -408,25 +281,29 @@ def smallest_unsigned(bound: int) -> torch.dtype:
     return torch.uint8 if bound <= 1 << 8 else torch.uint16 if bound <= 1 << 16 else torch.uint32
 
 
-def dictionary_from(config: dict[str, Any], tensors: dict[str, Tensor], d_in: int) -> Dictionary:
-    """Rebuild a dictionary from :meth:`Dictionary.config` and :meth:`Dictionary.stored_tensors`.
+def dictionary_from(section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Dictionary:
+    """Rebuild a dictionary of any registered kind. Raises ``ValueError`` as :meth:`Dictionary.from_config`."""
+    return section.kind(DICTIONARIES).from_config(section, tensors, d_in, d_sae)
 
-    Raises:
-        ValueError: unknown kind, a missing tensor, or a mask whose hash is not the recorded one (both are named).
-    """
-    kind, unit_norm = config["kind"], config["unit_norm"]
-    try:
-        if kind == "dense":
-            return DenseDictionary(tensors["weight"], unit_norm=unit_norm)
-        if kind != "expander":
-            raise ValueError(f"unknown dictionary kind {kind!r}; this version knows 'expander' and 'dense'")
-        recipe = config["mask"]["recipe"]
-        mask = Mask.build(**recipe) if recipe else Mask.from_rows(tensors["rows"].to(torch.int64), d_in)
-        if mask.sha256 != config["mask"]["sha256"]:
-            raise ValueError(
-                f"the mask does not match the one the SAE was trained on: its hash is {mask.sha256}, the config "
-                f"records {config['mask']['sha256']}. The recipe or the stored supports were changed."
-            )
-        return ExpanderDictionary(mask, tensors["values"], unit_norm=unit_norm)
-    except KeyError as missing:
-        raise ValueError(f"the {kind} dictionary lacks {missing}") from None
+
+def _common(section: Section, *more: str) -> bool:
+    """Check what every dictionary's section has; returns ``unit_norm``."""
+    section.only("kind", "version", "unit_norm", "basis", "storage", *more)
+    for name, known in (("basis", _STANDARD_BASIS), ("storage", _PLAIN_STORAGE)):
+        part = section.section(name)
+        if part.text("kind") != known["kind"]:
+            raise ValueError(f"{part.name} has kind {part.text('kind')!r}, this program knows {known['kind']!r} only")
+        part.version(1)
+    return section.boolean("unit_norm")
+
+
+def _stored_rows(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    if "rows" not in tensors:
+        raise ValueError("the tensor 'rows' is missing: the supports of this dictionary are stored, not drawn")
+    if tensors["rows"].shape != shape:
+        raise ValueError(f"the tensor 'rows' should have shape {shape}, it has {tuple(tensors['rows'].shape)}")
+    return tensors["rows"].to(torch.int64)
+
+
+def _read_extra(state: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(state.cpu().tolist()))

@@ -161,7 +161,7 @@ def evaluation_rows(
         facts = {
             "name": name,
             "dictionary": sae.dictionary.kind,
-            "degree": sae.dictionary.config().get("degree"),
+            "degree": sae.dictionary.degree,
             "encoder": sae.encoder.kind,
             "d_sae": sae.d_sae,
             "k": sae.k,

@@ -27,7 +27,7 @@ from expander_sae import files
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
 from expander_sae.experiments.common.cells import Cells
 from expander_sae.experiments.common.record import conclude
-from expander_sae.mask import KINDS, Mask
+from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
 from expander_sae.pursuit import check_options, solver
@@ -60,7 +60,7 @@ class PhaseConfig:
 
     Attributes:
         solver, options: a name of :data:`expander_sae.pursuit.SOLVERS` and its options.
-        mask: a kind of :data:`expander_sae.mask.KINDS`, or ``"dense"`` for independent Gaussian entries without a mask.
+        mask: a kind of :data:`expander_sae.mask.CONSTRUCTIONS`, or ``"dense"``: independent Gaussian entries, no mask.
         degree: rows a column uses.
         values: ``"flat"`` (random signs), ``"gaussian"`` or ``"binary"`` (all equal); columns have unit norm.
         coefficients: of the planted code, ``"gaussian"`` or ``"signs"`` (±1).
@@ -91,7 +91,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         check_options(self.solver, self.options)
         for name, value, known in (
-            ("mask", self.mask, (*KINDS, DENSE)),
+            ("mask", self.mask, (*CONSTRUCTIONS, DENSE)),
             ("values", self.values, VALUES),
             ("coefficients", self.coefficients, COEFFICIENTS),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from expander_sae.mask.mask import KINDS, Mask, MaskRecipe, check_rows
+from expander_sae.mask.constructions import CONSTRUCTIONS, Construction
+from expander_sae.mask.mask import Mask, MaskRecipe, check_rows, sort_entries
 
-__all__ = ["KINDS", "Mask", "MaskRecipe", "check_rows"]
+__all__ = ["CONSTRUCTIONS", "Construction", "Mask", "MaskRecipe", "check_rows", "sort_entries"]

@@ -11,16 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expander_sae.ops import cpu, library
+from expander_sae.ops import arguments, cpu, library
 from expander_sae.ops.code import SparseCode
 from expander_sae.ops.library import resolve_backend
+from expander_sae.ops.selection import Selection
 
 __all__ = [
+    "Selection",
     "SparseCode",
     "correlate",
     "correlate_at",
     "decode",
-    "encode_topk",
+    "encode",
     "gram",
     "resolve_backend",
     "values_grad",
@@ -29,36 +31,40 @@ __all__ = [
 
 def correlate(h: Tensor, rows: Tensor, values: Tensor, *, m: int | None = None, backend: str | None = None) -> Tensor:
     """``Wᵀh``: ``(..., n)``. ``m``, if given, is checked against the width of ``h``."""
-    flat = _flat(h, m)
+    flat = arguments.flat(h, m)
     return library.correlate(flat, rows, values, backend or "").reshape(*h.shape[:-1], rows.shape[0])
 
 
-def encode_topk(
+def encode(
     h: Tensor,
     rows: Tensor,
     values: Tensor,
     b_enc: Tensor | None,
-    k: int,
+    selection: Selection,
     *,
-    relu: bool = False,
-    magnitude: bool = False,
+    center: Tensor | None = None,
     m: int | None = None,
     backend: str | None = None,
+    check_finite: bool = False,
 ) -> SparseCode:
-    """The ``k`` largest entries of ``Wᵀh + b_enc`` as a code; see :func:`reference.encode_topk` for ties and NaN.
+    """What ``selection`` takes of ``Wᵀ(h - center) + b_enc``; see :func:`reference.encode` for ties and NaN.
+
+    Gradients flow to ``h``, ``values``, ``b_enc`` and ``center (m,)`` through filled slots. Centring and the look for
+    NaN happen while the kernel loads ``h``.
 
     Raises:
-        ValueError: ``k`` outside ``[1, n]``, or ``b_enc`` not of shape ``(n,)``, or ``h`` not of width ``m``.
+        ValueError: a capacity above ``n``, ``b_enc`` not of shape ``(n,)``, ``center`` not of shape ``(m,)``, ``h`` not
+            of width ``m``, or with ``check_finite`` NaN or infinity in ``h``.
         TypeError: ``h`` is not floating point.
     """
     n = rows.shape[0]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and d_sae = {n}, got {k}")
-    if b_enc is not None and b_enc.shape != (n,):
-        raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
-    flat = _flat(h, m)
-    indices, code = library.encode_topk(flat, rows, values, b_enc, k, relu, magnitude, backend or "")
-    return SparseCode(indices, code).reshape(*h.shape[:-1])
+    arguments.capacity(selection.capacity, n)
+    arguments.bias("b_enc", b_enc, n)
+    flat = arguments.flat(h, m)
+    arguments.bias("center", center, flat.shape[1])
+    options = (selection.capacity, selection.magnitude, selection.floor, check_finite, backend or "")
+    indices, margins = library.encode(flat, rows, values, selection.bias(b_enc), center, *options)
+    return SparseCode(indices, selection.restore(indices, margins)).reshape(*h.shape[:-1])
 
 
 def decode(code: SparseCode, rows: Tensor, values: Tensor, m: int, *, backend: str | None = None) -> Tensor:
@@ -72,7 +78,7 @@ def correlate_at(
     h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, *, m: int | None = None, backend: str | None = None
 ) -> Tensor:
     """Correlations with the named features only: ``(..., k)``."""
-    flat = _flat(h, m)
+    flat = arguments.flat(h, m)
     out = library.correlate_at(flat, indices.reshape(-1, indices.shape[-1]), rows, values, backend or "")
     return out.reshape(indices.shape)
 
@@ -80,21 +86,13 @@ def correlate_at(
 def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor, *, backend: str | None = None) -> Tensor:
     """``(n, d)``, summed over the batch; see :func:`reference.values_grad`."""
     k = indices.shape[-1]
-    return library.values_grad(_flat(h, None), indices.reshape(-1, k), coef.reshape(-1, k), rows, backend or "")
+    return library.values_grad(arguments.flat(h), indices.reshape(-1, k), coef.reshape(-1, k), rows, backend or "")
 
 
-def gram(indices: Tensor, rows: Tensor, values: Tensor, *, backend: str | None = None) -> Tensor:
+def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int, *, backend: str | None = None) -> Tensor:
     """Gram matrices of the supports: ``(..., k, k)``."""
     k = indices.shape[-1]
-    return library.gram(indices.reshape(-1, k), rows, values, backend or "").reshape(*indices.shape, k)
-
-
-def _flat(h: Tensor, m: int | None) -> Tensor:
-    if not h.is_floating_point():
-        raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
-    if m is not None and h.shape[-1] != m:
-        raise ValueError(f"activations have width {h.shape[-1]}, the dictionary has d_in = {m}")
-    return h.reshape(-1, h.shape[-1])
+    return library.gram(indices.reshape(-1, k), rows, values, m, backend or "").reshape(*indices.shape, k)
 
 
 def has_fast_cpu() -> bool:

@@ -8,15 +8,19 @@ how many those are, bit for bit.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from expander_sae.ops import arguments
+from expander_sae.ops.selection import Selection
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_MAX_INDEX = 2**31 - 1
 
 _kernels: ModuleType | None
 try:
@@ -62,55 +66,56 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
     out = torch.empty(batch, n, dtype=h.dtype, device="cpu")
-    run_kernel(
-        "correlate", h.data_ptr(), rows.data_ptr(), values.data_ptr(), out.data_ptr(), batch, m, n, d, _DTYPES[h.dtype]
-    )
+    tensors = {"h": h, "rows": rows, "values": values, "out": out}
+    run_kernel("correlate", tensors, B=batch, m=m, n=n, d=d, dtype=_DTYPES[h.dtype])
     return out
 
 
-def encode_topk(
-    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor | None, k: int, relu: bool = False, magnitude: bool = False
+def encode(
+    h: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    center: Tensor | None = None,
+    magnitude: bool = False,
+    threshold: float = -math.inf,
+    check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest entries of ``Wᵀh + b_enc`` a sample, largest first, ties to the lower index, NaN before all.
+    """What :func:`expander_sae.ops.reference.encode` defines.
 
     Never holds ``(B, n)``: extra memory is the result plus, for each thread, ``m`` times up to 64 floats and the lists
-    of candidates. ``magnitude`` ranks by ``|z|`` and returns signed ``z``; ``relu`` clips the chosen values at 0.
+    of candidates. Centring and the look for NaN happen while ``h`` is loaded.
 
     Returns:
         indices int32 ``(B, k)`` and values ``(B, k)`` in the type of ``h``.
 
     Raises:
         TypeError: a tensor has a type the operation does not take.
-        ValueError: shapes do not fit, ``k`` is outside ``[0, n]``, or an entry of ``rows`` is outside ``[0, m)``.
+        ValueError: shapes do not fit, ``k`` is outside ``[0, n]``, an entry of ``rows`` is outside ``[0, m)``, or with
+            ``check_finite`` ``h`` holds NaN or infinity.
     """
     h = _activations("h", h)
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
     if not 0 <= k <= n:
         raise ValueError(f"k must be between 0 and d_sae = {n}, got {k}")
-    if b_enc is not None:
-        if b_enc.shape != (n,):
-            raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
-        b_enc = _contiguous("b_enc", b_enc, values.dtype)
     indices = torch.empty(batch, k, dtype=torch.int32, device="cpu")
     code = torch.empty(batch, k, dtype=h.dtype, device="cpu")
-    run_kernel(
-        "encode_topk",
-        h.data_ptr(),
-        rows.data_ptr(),
-        values.data_ptr(),
-        0 if b_enc is None else b_enc.data_ptr(),
-        indices.data_ptr(),
-        code.data_ptr(),
-        batch,
-        m,
-        n,
-        d,
-        k,
-        _DTYPES[h.dtype],
-        bool(relu),
-        bool(magnitude),
-    )
+    tensors = {
+        "h": h,
+        "rows": rows,
+        "values": values,
+        "b_enc": _bias("b_enc", b_enc, n, values.dtype),
+        "center": _bias("center", center, m, values.dtype),
+        "out_indices": indices,
+        "out_values": code,
+    }
+    sizes = {"B": batch, "m": m, "n": n, "d": d, "k": k, "dtype": _DTYPES[h.dtype]}
+    finite = run_kernel("encode", tensors, **sizes, magnitude=magnitude, threshold=threshold)
+    if check_finite and (not finite or k == 0):
+        arguments.not_finite(h)
     return indices, code
 
 
@@ -122,10 +127,10 @@ def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m
         ValueError: shapes do not fit, or an index or row is out of range.
     """
     code_values = _activations("code_values", code_values)
-    indices = _indices(indices, code_values.shape)
-    rows, values = _dictionary(rows, values, code_values.dtype)
     out = torch.empty(indices.shape[0], m, dtype=code_values.dtype, device="cpu")
-    _sparse("decode", None, indices, code_values, rows, values, out, m, code_values.dtype)
+    rows, values = _dictionary(rows, values, code_values.dtype)
+    indices = _indices(indices, code_values.shape)
+    _sparse("decode", code_values.dtype, m, indices=indices, code=code_values, rows=rows, values=values, out=out)
     return out
 
 
@@ -140,7 +145,7 @@ def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor) -> Te
     indices = _indices(indices, (h.shape[0], indices.shape[-1]))
     rows, values = _dictionary(rows, values, h.dtype)
     out = torch.empty(indices.shape, dtype=h.dtype, device="cpu")
-    _sparse("correlate_at", h, indices, None, rows, values, out, h.shape[1], h.dtype)
+    _sparse("correlate_at", h.dtype, h.shape[1], h=h, indices=indices, rows=rows, values=values, out=out)
     return out
 
 
@@ -156,13 +161,13 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
     if coef.shape != indices.shape:
         raise ValueError(f"coef {tuple(coef.shape)} must have the shape of indices {tuple(indices.shape)}")
     coef = _contiguous("coef", coef, h.dtype)
-    rows = _rows(rows)
     out = torch.empty(rows.shape, dtype=_wide(h.dtype), device="cpu")
-    _sparse("values_grad", h, indices, coef, rows, None, out, h.shape[1], h.dtype)
+    rows, _ = _dictionary(rows, out, h.dtype)
+    _sparse("values_grad", h.dtype, h.shape[1], h=h, indices=indices, code=coef, rows=rows, out=out)
     return out
 
 
-def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
     """``(B, k, k)``: ``⟨w_i, w_j⟩`` over each sample's support, in the type of ``values``.
 
     Raises:
@@ -174,7 +179,7 @@ def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     indices = _indices(indices, indices.shape)
     batch, k = indices.shape
     out = torch.empty(batch, k, k, dtype=dtype, device="cpu")
-    _sparse("gram", None, indices, None, rows, values, out, 0, dtype)
+    _sparse("gram", dtype, m, indices=indices, rows=rows, values=values, out=out)
     return out
 
 
@@ -198,29 +203,26 @@ class TrainStep(NamedTuple):
 
 
 def train_step(
-    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, relu: bool = False
+    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection
 ) -> TrainStep:
-    """Forward and backward of a tied TopK autoencoder under ``mean_b ‖h - ĥ‖²``, in one call.
+    """Forward and backward of a tied autoencoder under ``mean_b ‖h - ĥ‖²``, in one call.
 
-    ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, ``ĥ = W x + b_dec``, with the same ``W`` (given by ``rows`` and ``values`` as
-    used: normalised if the dictionary is) in both. Nothing of size ``(B, m)`` is written but the residual.
+    ``x`` is what ``selection`` (with one threshold for all features) takes of ``Wᵀ(h - b_dec) + b_enc``, and
+    ``ĥ = W x + b_dec``, with the same ``W`` (given by ``rows`` and ``values`` as used: normalised if the dictionary is)
+    in both. Nothing of size ``(B, m)`` is written but the residual.
 
     Raises:
         TypeError: a tensor has a type the operation does not take.
-        ValueError: shapes do not fit, ``k`` is outside ``[1, n]``, the batch is empty, or a row is outside ``[0, m)``.
+        ValueError: shapes do not fit, a capacity above ``n``, the batch is empty, or a row is outside ``[0, m)``.
     """
     h = _activations("h", h)
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and d_sae = {n}, got {k}")
+    k = selection.capacity
+    arguments.capacity(k, n)
     if batch == 0:
         raise ValueError("the batch is empty: it has no mean error")
-    for name, bias, size in (("b_enc", b_enc, n), ("b_dec", b_dec, m)):
-        if bias.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(bias.shape)}")
     wide = values.dtype
-    b_enc, b_dec = _contiguous("b_enc", b_enc, wide), _contiguous("b_dec", b_dec, wide)
     out = TrainStep(
         errors=torch.empty(batch, dtype=wide, device="cpu"),
         residual=torch.empty(batch, m, dtype=wide, device="cpu"),
@@ -230,10 +232,10 @@ def train_step(
         grad_b_enc=torch.empty(n, dtype=wide, device="cpu"),
         grad_b_dec=torch.empty(m, dtype=wide, device="cpu"),
     )
-    inputs = (h, rows, values, b_enc, b_dec)
-    outputs = (out.indices, out.code, out.residual, out.errors, out.grad_values, out.grad_b_enc, out.grad_b_dec)
-    pointers = (tensor.data_ptr() for tensor in (*inputs, *outputs))
-    run_kernel("train_step", *pointers, batch, m, n, d, k, _DTYPES[h.dtype], bool(relu))
+    biases = {"b_enc": _bias("b_enc", b_enc, n, wide), "b_dec": _bias("b_dec", b_dec, m, wide)}
+    tensors = {"h": h, "rows": rows, "values": values, **biases, **out._asdict()}
+    sizes = {"B": batch, "m": m, "n": n, "d": d, "k": k, "dtype": _DTYPES[h.dtype]}
+    run_kernel("train_step", tensors, **sizes, magnitude=selection.magnitude, threshold=selection.floor)
     return out
 
 
@@ -243,29 +245,28 @@ def _module() -> ModuleType:
     return _kernels
 
 
-def run_kernel(name: str, *arguments: int | float) -> None:
-    """Call a kernel on addresses and sizes, with torch's threads. ``ValueError``: index out of range."""
+def run_kernel(name: str, tensors: Mapping[str, Tensor | None], **scalars: float) -> Any:
+    """Call a kernel on the addresses of ``tensors`` (``None``: no address), with torch's threads.
+
+    Raises:
+        ValueError: an index or row is out of range.
+    """
+    addresses = {key: 0 if tensor is None else tensor.data_ptr() for key, tensor in tensors.items()}
     try:
-        getattr(_module(), name)(*arguments, torch.get_num_threads())
+        return getattr(_module(), name)(**addresses, **scalars, threads=torch.get_num_threads())
     except IndexError as error:
         raise ValueError(str(error)) from None
 
 
-def _sparse(
-    name: str,
-    h: Tensor | None,
-    indices: Tensor,
-    code: Tensor | None,
-    rows: Tensor,
-    values: Tensor | None,
-    out: Tensor,
-    m: int,
-    dtype: torch.dtype,
-) -> None:
-    batch, k = indices.shape
-    n, d = rows.shape
-    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (h, indices, code, rows, values, out))
-    run_kernel(name, *pointers, batch, m, n, d, k, _DTYPES[dtype])
+def _sparse(name: str, dtype: torch.dtype, m: int, **tensors: Tensor) -> None:
+    (batch, k), (n, d) = tensors["indices"].shape, tensors["rows"].shape
+    given = dict.fromkeys(("h", "indices", "code", "rows", "values", "out")) | tensors
+    run_kernel(name, given, B=batch, m=m, n=n, d=d, k=k, dtype=_DTYPES[dtype])
+
+
+def _bias(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> Tensor | None:
+    arguments.bias(name, tensor, size)
+    return None if tensor is None else _contiguous(name, tensor, dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -275,9 +276,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _activations(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim != 2:
         raise ValueError(f"{name} must be a matrix (B, ...), got shape {tuple(tensor.shape)}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    return _contiguous(name, tensor, tensor.dtype)
+    return _contiguous(name, arguments.floating(name, tensor), tensor.dtype)
 
 
 def _contiguous(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -286,27 +285,13 @@ def _contiguous(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
 
 
-def _rows(rows: Tensor) -> Tensor:
-    if rows.ndim != 2:
-        raise ValueError(f"rows must be (n, d), got shape {tuple(rows.shape)}")
-    if rows.dtype != torch.int32:
-        raise TypeError(f"rows must be int32, got {rows.dtype}; convert them with .to(torch.int32)")
-    if rows.shape[0] > _MAX_INDEX:
-        raise ValueError(f"indices are int32: d_sae = {rows.shape[0]} is above {_MAX_INDEX}")
-    return _contiguous("rows", rows, torch.int32)
-
-
 def _dictionary(rows: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if values.shape != rows.shape:
-        raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape (n, d)")
-    if values.dtype not in _DTYPES:
-        raise TypeError(f"values must be float32, bfloat16, float16 or float64, got {values.dtype}")
-    return _rows(rows), _contiguous("values", values, _wide(dtype))
+    arguments.dictionary(rows, values)
+    return _contiguous("rows", rows, torch.int32), _contiguous("values", values, _wide(dtype))
 
 
 def _indices(indices: Tensor, shape: tuple[int, ...]) -> Tensor:
     if indices.ndim != 2 or tuple(indices.shape) != tuple(shape):
         raise ValueError(f"indices must have shape {tuple(shape)}, got {tuple(indices.shape)}")
-    if indices.dtype != torch.int32:
-        raise TypeError(f"indices must be int32, got {indices.dtype}; convert them with .to(torch.int32)")
+    arguments.indices(indices)
     return _contiguous("indices", indices, torch.int32)

@@ -6,13 +6,19 @@ touches the ``k`` active features only, through ``embedding_bag``, whose forward
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expander_sae.ops import arguments
+from expander_sae.ops.code import SparseCode
 from expander_sae.ops.reference import top_positions
+from expander_sae.ops.selection import Selection
+
+_SCORES_AT_ONCE = 1 << 26  # scores made in one go
 
 
 def _embed_sum(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
@@ -22,10 +28,14 @@ def _embed_sum(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
 def _correlate_at(h: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     # <weight[index], h> is the derivative of <embed_sum, h> in the code: PyTorch has that as a fused kernel, where
     # weight[indices] @ h would build a (B, k, m) array.
-    probe = torch.zeros(indices.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-    with torch.enable_grad():
-        total = _embed_sum(indices, probe, weight.detach())
-    return torch.autograd.grad(total, probe, h.to(weight.dtype))[0]
+    batch, k = indices.shape
+    flat = indices.reshape(-1)
+    offsets = torch.arange(0, batch * k, k, device=indices.device, dtype=indices.dtype)
+    bags = torch.arange(batch, device=indices.device, dtype=indices.dtype).repeat_interleave(k)
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        h.to(weight.dtype).contiguous(), weight, flat, offsets, bags, 0
+    )
+    return found.view(batch, k)
 
 
 def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
@@ -39,15 +49,20 @@ def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, relu: bool, magnitude: bool
+        ctx: Any, h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
     ) -> tuple[Tensor, Tensor]:
-        z = F.linear(h, weight, b_enc)
-        position = top_positions(z.abs() if magnitude else z, k)
-        chosen = z.gather(1, position)
-        chosen = chosen.clamp_min(0) if relu else chosen
-        indices = position.to(torch.int32)
+        parts = []
+        for part in h.split(max(1, _SCORES_AT_ONCE // weight.shape[0])):
+            z = F.linear(part, weight, b_enc)
+            position = top_positions(z.abs() if magnitude else z, k)
+            chosen = z.gather(1, position)
+            if threshold > -math.inf:
+                empty = (chosen.abs() if magnitude else chosen) <= threshold
+                position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
+            parts.append((position.to(torch.int32), chosen))
+        indices, chosen = parts[0] if len(parts) == 1 else (torch.cat(found) for found in zip(*parts, strict=True))
         ctx.save_for_backward(h, weight, indices, chosen)
-        ctx.relu = relu
+        ctx.thresholded = threshold > -math.inf
         ctx.mark_non_differentiable(indices)
         return indices, chosen
 
@@ -55,8 +70,8 @@ class _Encode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _grad_indices: Tensor, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         h, weight, indices, chosen = ctx.saved_tensors
-        if ctx.relu:
-            grad = grad * (chosen > 0)
+        if ctx.thresholded:
+            grad = grad * (chosen != 0)  # an empty slot depends on nothing
         grad_h = _embed_sum(indices, grad, weight) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_grad(h, indices, grad, weight.shape[0]) if ctx.needs_input_grad[1] else None
         grad_bias = None
@@ -98,11 +113,29 @@ class _CorrelateAt(torch.autograd.Function):
         return grad_h, None, grad_weight
 
 
-def encode_topk(
-    h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, relu: bool = False, magnitude: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest entries of ``h Wᵀ + b_enc``; ``h (B, m)``; indices int32 and values ``(B, k)``."""
-    return _Encode.apply(h, weight, b_enc, k, relu, magnitude)  # type: ignore[return-value]
+def encode(
+    h: Tensor,
+    weight: Tensor,
+    b_enc: Tensor | None,
+    selection: Selection,
+    *,
+    center: Tensor | None = None,
+    check_finite: bool = False,
+) -> SparseCode:
+    """What ``selection`` takes of ``(h - center) Wᵀ + b_enc``, ``h (B, m)``: slots ``(B, capacity)``.
+
+    The scores are made for a bounded number of samples at a time.
+
+    Raises:
+        ValueError: a capacity above ``n``; with ``check_finite``, NaN or infinity in ``h``.
+    """
+    arguments.capacity(selection.capacity, weight.shape[0])
+    if check_finite and not torch.compiler.is_compiling():
+        arguments.finite(h)
+    centred = h if center is None else h - center
+    bias = selection.bias(b_enc)
+    indices, margins = _Encode.apply(centred, weight, bias, selection.capacity, selection.magnitude, selection.floor)  # type: ignore[misc]
+    return SparseCode(indices, selection.restore(indices, margins))
 
 
 def decode(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:

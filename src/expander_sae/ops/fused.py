@@ -9,6 +9,7 @@ from torch import Tensor
 
 from expander_sae.ops import cpu, library
 from expander_sae.ops.code import SparseCode
+from expander_sae.ops.selection import Selection
 
 
 class TiedError(NamedTuple):
@@ -26,8 +27,8 @@ class _Fused(torch.autograd.Function):
     """The kernel finds all gradients on the way forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, b_enc: Tensor, b_dec: Tensor, h: Tensor, rows: Tensor, k: int, relu: bool):
-        step = cpu.train_step(h, rows, values, b_enc, b_dec, k, relu)
+    def forward(ctx: Any, values: Tensor, b_enc: Tensor, b_dec: Tensor, h: Tensor, rows: Tensor, selection: Selection):
+        step = cpu.train_step(h, rows, values, b_enc, b_dec, selection)
         ctx.save_for_backward(step.grad_values, step.grad_b_enc, step.grad_b_dec)
         ctx.mark_non_differentiable(step.residual, step.indices, step.code)
         ctx.set_materialize_grads(False)  # or the backward would first fill a (B, m) array with zeros
@@ -36,7 +37,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None
 
 
 def tied_error(
@@ -45,24 +46,27 @@ def tied_error(
     values: Tensor,
     b_enc: Tensor,
     b_dec: Tensor,
-    k: int,
+    selection: Selection,
     *,
-    relu: bool = False,
     backend: str | None = None,
 ) -> TiedError:
-    """``mean_b ‖h - Wx - b_dec‖²`` with ``x = TopK_k(Wᵀ(h - b_dec) + b_enc)``, and its gradients.
+    """``mean_b ‖h - Wx - b_dec‖²`` with ``x`` what ``selection`` takes of ``Wᵀ(h - b_dec) + b_enc``, and its gradients.
 
     ``h (B, m)`` is data: no gradient reaches it. On the C++ backend everything is one call that writes nothing of size
     ``(B, m)`` but the residual; elsewhere the operators of :mod:`expander_sae.ops.library` are composed.
 
     Raises:
-        ValueError: shapes that do not fit, ``k`` outside ``[1, n]``, an empty batch.
+        ValueError: shapes that do not fit, a capacity above ``n``, an empty batch.
     """
     h = h.detach()
-    if library.resolve_backend(backend, h.device) == "cpu":
-        error, residual, indices, code = _Fused.apply(values, b_enc, b_dec, h, rows, k, relu)  # type: ignore[misc]
+    scalar = not isinstance(selection.threshold, Tensor)  # the kernel knows one threshold
+    if scalar and library.resolve_backend(backend, h.device) == "cpu":
+        error, residual, indices, code = _Fused.apply(values, b_enc, b_dec, h, rows, selection)  # type: ignore[misc]
         return TiedError(error, residual, SparseCode(indices, code))
     chosen = backend or ""
-    indices, code = library.encode_topk(h - b_dec, rows, values, b_enc, k, relu, False, chosen)
+    bias = selection.bias(b_enc)
+    options = (selection.capacity, selection.magnitude, selection.floor, False, chosen)
+    indices, margins = library.encode(h, rows, values, bias, b_dec, *options)
+    code = selection.restore(indices, margins)
     residual = h - library.decode(indices, code, rows, values, h.shape[1], chosen) - b_dec
     return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), SparseCode(indices, code.detach()))

@@ -6,6 +6,7 @@ Gradients flow over active features only, through the same operators, so they ca
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -76,47 +77,58 @@ def _correlate_backward(ctx, grad: Tensor):
     return grad_h.to(h.dtype), None, torch.cat(grad_values) if grad_values else None, None
 
 
-@torch.library.custom_op("expander_sae::encode_topk", mutates_args=())
-def encode_topk(
+@torch.library.custom_op("expander_sae::encode", mutates_args=())
+def encode(
     h: Tensor,
     rows: Tensor,
     values: Tensor,
     b_enc: Tensor | None,
+    center: Tensor | None,
     k: int,
-    relu: bool = False,
-    magnitude: bool = False,
+    magnitude: bool,
+    threshold: float,
+    check_finite: bool,
     backend: str = "",
 ) -> tuple[Tensor, Tensor]:
-    return _implementation("encode_topk", backend, h.device)(h, rows, values, b_enc, k, relu, magnitude)
+    options = {"center": center, "magnitude": magnitude, "threshold": threshold, "check_finite": check_finite}
+    return _implementation("encode", backend, h.device)(h, rows, values, b_enc, k, **options)
 
 
-@encode_topk.register_fake
-def _(h, rows, values, b_enc, k, relu=False, magnitude=False, backend=""):
+@encode.register_fake
+def _(h, rows, values, b_enc, center, k, magnitude, threshold, check_finite, backend=""):
     return h.new_empty(h.shape[0], k, dtype=torch.int32), h.new_empty(h.shape[0], k)
 
 
 def _encode_context(ctx, inputs, output) -> None:
-    h, rows, values, b_enc, _k, ctx.relu, _magnitude, ctx.backend = inputs
+    h, rows, values, b_enc, center, _k, _magnitude, threshold, _check_finite, ctx.backend = inputs
     indices, code_values = output
     ctx.mark_non_differentiable(indices)
-    ctx.has_bias = b_enc is not None
-    ctx.bias_dtype = None if b_enc is None else b_enc.dtype
-    ctx.save_for_backward(h, rows, values, indices, code_values)
+    ctx.thresholded = threshold > -math.inf
+    ctx.bias_dtype = h.dtype if b_enc is None else b_enc.dtype
+    ctx.save_for_backward(h, rows, values, center, indices, code_values)
 
 
 def _encode_backward(ctx, _grad_indices, grad: Tensor):
-    h, rows, values, indices, code_values = ctx.saved_tensors
-    if ctx.relu:
-        grad = grad * (code_values > 0)
-    grad_h = decode(indices, grad, rows, values, h.shape[1], ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_values = grad_bias = None
+    h, rows, values, center, indices, code_values = ctx.saved_tensors
+    if ctx.thresholded:
+        grad = grad * (code_values != 0)  # an empty slot depends on nothing
+    grad_h = grad_values = grad_bias = grad_center = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+        grad_h = decode(indices, grad, rows, values, h.shape[1], ctx.backend)
     if ctx.needs_input_grad[2]:
-        grad_values = values_grad(h, indices, grad, rows, ctx.backend).to(values.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[3]:
+        read = h if center is None else h - center.to(h.dtype)
+        grad_values = values_grad(read, indices, grad, rows, ctx.backend).to(values.dtype)
+    if ctx.needs_input_grad[3]:
         wide = reference.accumulate_dtype(grad.dtype)
         grad_bias = torch.zeros(rows.shape[0], dtype=wide, device=grad.device)
         grad_bias = grad_bias.index_add(0, indices.flatten(), grad.flatten().to(wide)).to(ctx.bias_dtype)
-    return grad_h, None, grad_values, grad_bias, None, None, None, None
+    if ctx.needs_input_grad[4]:
+        assert grad_h is not None
+        assert center is not None
+        grad_center = -grad_h.sum(dim=0).to(center.dtype)
+    if not ctx.needs_input_grad[0]:
+        grad_h = None
+    return grad_h, None, grad_values, grad_bias, grad_center, None, None, None, None, None
 
 
 @torch.library.custom_op("expander_sae::decode", mutates_args=())
@@ -197,17 +209,17 @@ def _values_grad_backward(ctx, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::gram", mutates_args=())
-def gram(indices: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
-    return _implementation("gram", backend, values.device)(indices, rows, values)
+def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
+    return _implementation("gram", backend, values.device)(indices, rows, values, m)
 
 
 @gram.register_fake
-def _(indices, rows, values, backend=""):
+def _(indices, rows, values, m, backend=""):
     return values.new_empty(*indices.shape, indices.shape[1])
 
 
 def _gram_context(ctx, inputs, output) -> None:
-    indices, rows, values, _backend = inputs
+    indices, rows, values, _m, _backend = inputs
     ctx.save_for_backward(indices, rows, values)
 
 
@@ -220,12 +232,12 @@ def _gram_backward(ctx, grad: Tensor):
     shared = (r[:, :, None, :, None] == r[:, None, :, None, :]).to(wide)
     terms = torch.einsum("bij,bijtu,bju->bit", (grad + grad.mT).to(wide), shared, v)
     out = torch.zeros(rows.shape, dtype=wide, device=grad.device)
-    return None, None, out.index_add(0, picked.flatten(), terms.flatten(0, 1)).to(values.dtype), None
+    return None, None, out.index_add(0, picked.flatten(), terms.flatten(0, 1)).to(values.dtype), None, None
 
 
 for _operator, _backward, _context in (
     (correlate, _correlate_backward, _correlate_context),
-    (encode_topk, _encode_backward, _encode_context),
+    (encode, _encode_backward, _encode_context),
     (decode, _decode_backward, _decode_context),
     (correlate_at, _correlate_at_backward, _correlate_at_context),
     (values_grad, _values_grad_backward, _values_grad_context),

@@ -7,8 +7,12 @@ is rounded once; float64 stays float64. Memory is bounded by working through fea
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from expander_sae.ops import arguments
 
 FEATURE_BLOCK = 1 << 14  # features scored at once: bounds the dense block at m x 16384 and the scores at B x 16384
 
@@ -39,23 +43,41 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return out.to(h.dtype)
 
 
-def encode_topk(
-    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor | None, k: int, relu: bool = False, magnitude: bool = False
+def encode(
+    h: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    center: Tensor | None = None,
+    magnitude: bool = False,
+    threshold: float = -math.inf,
+    check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest entries of ``z = Wᵀh + b_enc`` a sample, largest first, ties to the lower index.
+    """The ``k`` largest entries of ``z = Wᵀ(h - center) + b_enc`` per sample, largest first, ties to the lower index.
 
-    ``magnitude`` ranks by ``|z|`` and returns signed ``z``; ``relu`` clips the chosen values at 0. NaN ranks first
-    (as in ``torch.topk``), so a bad input shows in the code instead of vanishing.
+    ``magnitude`` ranks by ``|z|`` and returns signed ``z``. What is ranked and does not exceed ``threshold`` leaves its
+    slot empty: index 0, value 0. NaN ranks first (as in ``torch.topk``) and exceeds every threshold, so a bad input
+    shows in the code instead of vanishing.
 
     Returns:
         indices int32 ``(B, k)`` and values ``(B, k)``.
+
+    Raises:
+        ValueError: with ``check_finite``, NaN or infinity in ``h``.
     """
+    if check_finite:
+        arguments.finite(h)
     wide = accumulate_dtype(h.dtype)
+    dtype, h = h.dtype, h.to(wide)
+    if center is not None:
+        h = h - center.to(wide)
     best_z = h.new_empty(h.shape[0], 0, dtype=wide)
     best_j = torch.empty(h.shape[0], 0, dtype=torch.int64, device=h.device)
     for start in range(0, rows.shape[0], FEATURE_BLOCK):
         stop = min(start + FEATURE_BLOCK, rows.shape[0])
-        z = correlate(h.to(wide), rows[start:stop], values[start:stop])
+        z = correlate(h, rows[start:stop], values[start:stop])
         if b_enc is not None:
             z = z + b_enc[start:stop].to(wide)
         # Best so far stands before the block, so position order stays index order among equals.
@@ -63,7 +85,10 @@ def encode_topk(
         keep = top_positions(candidates.abs() if magnitude else candidates, min(k, candidates.shape[1]))
         features = torch.cat([best_j, torch.arange(start, stop, device=h.device).expand(h.shape[0], -1)], dim=1)
         best_z, best_j = candidates.gather(1, keep), features.gather(1, keep)
-    return best_j.to(torch.int32), (best_z.clamp_min(0) if relu else best_z).to(h.dtype)
+    if threshold > -math.inf:
+        empty = (best_z.abs() if magnitude else best_z) <= threshold
+        best_j, best_z = best_j.masked_fill(empty, 0), best_z.masked_fill(empty, 0.0)
+    return best_j.to(torch.int32), best_z.to(dtype)
 
 
 def top_positions(score: Tensor, k: int) -> Tensor:
@@ -119,7 +144,7 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
     return out
 
 
-def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
     """``(B, k, k)``: ``⟨w_i, w_j⟩`` over each sample's support; only shared rows contribute."""
     wide = accumulate_dtype(values.dtype)
     picked = indices.long()

@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import Dictionary, ExpanderMatrix, Matrix
+from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit import selection
 from expander_sae.pursuit.code import PursuitCode
-from expander_sae.pursuit.problem import Problem, Solution, as_matrix, run, synthesis
+from expander_sae.pursuit.problem import Problem, Solution, as_matrix, run, supports
 
 
 def parallel_l0(
@@ -54,7 +54,7 @@ def parallel_l0(
     gain = _gain(alpha, matrix)
 
     def solve(problem: Problem) -> Solution:
-        return _parallel(problem, gain, steps or 8 * matrix.rows.shape[1] + 2 * k, _tolerance(problem, agreement))
+        return _parallel(problem, gain, steps or 8 * supports(matrix).shape[1] + 2 * k, _tolerance(problem, agreement))
 
     return run(solve, h, matrix, k, b_dec, cells=memory_cells)
 
@@ -101,7 +101,7 @@ def expander_recovery(
     if not 0 <= epsilon < 0.5:
         raise ValueError(f"epsilon must be in [0, 0.5), got {epsilon}")
     matrix = expander_only(dictionary)
-    needed = max(2, math.ceil((1 - 2 * epsilon) * matrix.rows.shape[1]))
+    needed = max(2, math.ceil((1 - 2 * epsilon) * supports(matrix).shape[1]))
     return _run_one_by_one(h, matrix, k, needed, agreement, b_dec)
 
 
@@ -115,20 +115,19 @@ def lddsr(
 ) -> PursuitCode:
     """The decoder of Xu & Hassibi (2007): as :func:`expander_recovery`; a column needs over ``d / 2`` equal ratios."""
     matrix = expander_only(dictionary)
-    needed = max(2, matrix.rows.shape[1] // 2 + 1)
+    needed = max(2, supports(matrix).shape[1] // 2 + 1)
     return _run_one_by_one(h, matrix, k, needed, agreement, b_dec)
 
 
-def expander_only(dictionary: Matrix | Dictionary) -> ExpanderMatrix:
-    """The matrix, or :class:`ValueError` if it is dense."""
+def expander_only(dictionary: Matrix | Dictionary) -> Matrix:
+    """The matrix, or :class:`ValueError` if its columns are dense."""
     matrix = as_matrix(dictionary)
-    if not isinstance(matrix, ExpanderMatrix):
-        raise ValueError("combinatorial decoders compare the rows of sparse columns: they need an expander dictionary")
+    supports(matrix)
     return matrix
 
 
-def _gain(alpha: int | None, matrix: ExpanderMatrix) -> int:
-    degree = matrix.rows.shape[1]
+def _gain(alpha: int | None, matrix: Matrix) -> int:
+    degree = supports(matrix).shape[1]
     gain = -(-degree // 2) if alpha is None else alpha
     if not 1 <= gain <= degree:
         raise ValueError(f"alpha must be between 1 and the degree {degree}, got {alpha}")
@@ -137,7 +136,6 @@ def _gain(alpha: int | None, matrix: ExpanderMatrix) -> int:
 
 def memory_cells(matrix: Matrix) -> int:
     """Floats a sample needs."""
-    assert isinstance(matrix, ExpanderMatrix)
     return 6 * matrix.values.numel() + 8 * matrix.d_sae
 
 
@@ -146,9 +144,9 @@ def _tolerance(problem: Problem, agreement: float | None) -> float:
     return torch.finfo(problem.targets.dtype).eps ** 0.5 if agreement is None else agreement
 
 
-def neighbours(matrix: ExpanderMatrix, residual: Tensor) -> tuple[Tensor, Tensor]:
+def neighbours(matrix: Matrix, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Residual entries ``r_i`` and ratios ``r_i / w_ij`` of every column, ``(B, n, d)``; a zero weight gives NaN."""
-    entries = residual[:, matrix.rows.long()]
+    entries = residual[:, supports(matrix).long()]
     return entries, entries / torch.where(matrix.values == 0, torch.nan, matrix.values)
 
 
@@ -180,8 +178,7 @@ def finish(problem: Problem, x: Tensor, rounds: Tensor) -> Solution:
 
 def _parallel(problem: Problem, gain: int, steps: int, tolerance: float) -> Solution:
     matrix, targets = problem.matrix, problem.targets
-    assert isinstance(matrix, ExpanderMatrix)
-    combine, degree = synthesis(matrix), matrix.rows.shape[1]
+    combine, degree = matrix.synthesis(), supports(matrix).shape[1]
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     best_x, residual = x, targets
     fewest = (targets.abs() > tolerance).sum(dim=1)
@@ -208,9 +205,9 @@ def _parallel(problem: Problem, gain: int, steps: int, tolerance: float) -> Solu
     return finish(problem, best_x, rounds)
 
 
-def _disjoint_classes(matrix: ExpanderMatrix) -> list[Tensor]:
+def _disjoint_classes(matrix: Matrix) -> list[Tensor]:
     """Columns in classes that share no row, first fit: updating a class at once has the effect of one by one."""
-    rows = matrix.rows.long().cpu()
+    rows = supports(matrix).long().cpu()
     taken: list[Tensor] = []
     members: list[list[int]] = []
     table = torch.zeros(0, matrix.d_in, dtype=torch.bool)
@@ -228,8 +225,7 @@ def _disjoint_classes(matrix: ExpanderMatrix) -> list[Tensor]:
 
 def _serial(problem: Problem, gain: int, sweeps: int, tolerance: float, classes: list[Tensor]) -> Solution:
     matrix, targets = problem.matrix, problem.targets
-    assert isinstance(matrix, ExpanderMatrix)
-    rows = matrix.rows.long()
+    rows = supports(matrix).long()
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     residual = targets.clone()
     rounds = torch.zeros(problem.batch, dtype=torch.int64, device=targets.device)
@@ -255,7 +251,7 @@ def _serial(problem: Problem, gain: int, sweeps: int, tolerance: float, classes:
 
 
 def _run_one_by_one(
-    h: Tensor, matrix: ExpanderMatrix, k: int, needed: int, agreement: float | None, b_dec: Tensor | None
+    h: Tensor, matrix: Matrix, k: int, needed: int, agreement: float | None, b_dec: Tensor | None
 ) -> PursuitCode:
     def solve(problem: Problem) -> Solution:
         return _one_by_one(problem, needed, _tolerance(problem, agreement))
@@ -265,7 +261,6 @@ def _run_one_by_one(
 
 def _one_by_one(problem: Problem, needed: int, tolerance: float) -> Solution:
     matrix, targets = problem.matrix, problem.targets
-    assert isinstance(matrix, ExpanderMatrix)
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     residual = targets
     rounds = torch.zeros(problem.batch, dtype=torch.int64, device=targets.device)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import Dictionary, ExpanderMatrix, Matrix
+from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit import selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.combinatorial import expander_only, finish, memory_cells, neighbours
 from expander_sae.pursuit.least_squares import solve_support
-from expander_sae.pursuit.problem import Problem, Solution, run, synthesis
+from expander_sae.pursuit.problem import Problem, Solution, run, supports
 
 
 def smp(
@@ -55,11 +55,6 @@ def ssmp(
     return run(lambda problem: _ssmp(problem, factor, rounds), h, matrix, k, b_dec, cells=memory_cells)
 
 
-def _expander(problem: Problem) -> ExpanderMatrix:
-    assert isinstance(problem.matrix, ExpanderMatrix)  # :func:`expander_only` let nothing else through
-    return problem.matrix
-
-
 def _enough(problem: Problem) -> Tensor:
     """``(B,)``: the ``‖r‖₁`` of a sample that is done."""
     return problem.floor * problem.targets.shape[1] ** 0.5
@@ -79,8 +74,8 @@ def _weighted_median(ratios: Tensor, weights: Tensor) -> Tensor:
 
 
 def _smp(problem: Problem, steps: int) -> Solution:
-    matrix, targets, k = _expander(problem), problem.targets, problem.k
-    combine = synthesis(matrix)
+    matrix, targets, k = problem.matrix, problem.targets, problem.k
+    combine = matrix.synthesis()
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     best_x, residual = x, targets
     least, enough = targets.abs().sum(dim=1), _enough(problem)
@@ -104,8 +99,8 @@ def _smp(problem: Problem, steps: int) -> Solution:
 
 
 def _ssmp(problem: Problem, factor: int, rounds: int) -> Solution:
-    matrix, targets, k = _expander(problem), problem.targets, problem.k
-    combine = synthesis(matrix)
+    matrix, targets, k = problem.matrix, problem.targets, problem.k
+    combine = matrix.synthesis()
     x = targets.new_zeros(problem.batch, matrix.d_sae)
     best_x, residual = x, targets
     least, enough = targets.abs().sum(dim=1), _enough(problem)
@@ -160,15 +155,15 @@ def robust_l0(
     if not 0 < noise < 1:
         raise ValueError(f"noise is a fraction of the sample's norm, between 0 and 1; got {noise}")
     matrix = expander_only(dictionary)
-    degree = matrix.rows.shape[1]
+    degree = supports(matrix).shape[1]
     gain = 0.4 * degree if alpha is None else alpha
     passes = steps or 8 * degree
     return run(lambda problem: _robust(problem, noise, gain, passes), h, matrix, k, b_dec, cells=memory_cells)
 
 
 def _robust(problem: Problem, noise: float, gain: float, steps: int) -> Solution:
-    matrix, targets, k = _expander(problem), problem.targets, problem.k
-    combine, degree = synthesis(matrix), matrix.rows.shape[1]
+    matrix, targets, k = problem.matrix, problem.targets, problem.k
+    combine, degree = matrix.synthesis(), supports(matrix).shape[1]
     length = targets.norm(dim=1)
     sigma2 = ((noise * length) ** 2 / matrix.d_in + problem.floor**2)[:, None, None]
     signal2 = (length**2 / k)[:, None, None]

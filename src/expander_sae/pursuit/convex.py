@@ -9,7 +9,7 @@ from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit import selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import nonnegative_support, solve_support
-from expander_sae.pursuit.problem import Problem, Solution, run, squared_norm, synthesis
+from expander_sae.pursuit.problem import Problem, Solution, run, squared_norm
 
 
 def ista(
@@ -84,7 +84,7 @@ def _run(
 
 def _proximal(problem: Problem, penalty: float, steps: int, nonnegative: bool, momentum: bool) -> tuple[Tensor, Tensor]:
     matrix, targets = problem.matrix, problem.targets
-    combine = synthesis(matrix)
+    combine = matrix.synthesis()
     correlations = matrix.correlate(targets)
     top = (correlations if nonnegative else correlations.abs()).amax(dim=1, keepdim=True).clamp_min(0)
     size = 1 / squared_norm(matrix)

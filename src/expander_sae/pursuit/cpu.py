@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import ExpanderMatrix, Matrix
+from expander_sae.dictionary import Matrix
 from expander_sae.ops import cpu as kernels
 from expander_sae.ops import resolve_backend
 
@@ -25,7 +25,7 @@ def chosen(backend: str | None, matrix: Matrix, dtype: torch.dtype) -> bool:
         ValueError: unknown ``backend``, or ``"cpu"`` for a pursuit that the kernels do not do.
         RuntimeError: ``"cpu"`` where the kernels were not built or the tensors are on another device.
     """
-    applies = isinstance(matrix, ExpanderMatrix) and dtype == torch.float32
+    applies = matrix.support is not None and dtype == torch.float32
     if backend == "cpu" and not applies:
         raise ValueError(
             "backend='cpu' runs pursuits on expander dictionaries in float32; use backend=None for this one"
@@ -35,7 +35,7 @@ def chosen(backend: str | None, matrix: Matrix, dtype: torch.dtype) -> bool:
 
 def omp(
     targets: Tensor,
-    matrix: ExpanderMatrix,
+    matrix: Matrix,
     norms: Tensor,
     k: int,
     *,
@@ -46,12 +46,12 @@ def omp(
     nonnegative: bool,
 ) -> dict[str, Any]:
     """See :func:`expander_sae.pursuit.omp`; ``targets (B, m)``, ``matrix`` of unit columns, the ``norms`` they had."""
-    return _run("omp", targets, matrix, norms, k, tol, signed, nonnegative, block, disjoint)
+    return _run("omp", targets, matrix, norms, k, tol, signed, nonnegative, block=block, disjoint=disjoint)
 
 
 def matching_pursuit(
     targets: Tensor,
-    matrix: ExpanderMatrix,
+    matrix: Matrix,
     norms: Tensor,
     k: int,
     *,
@@ -62,39 +62,45 @@ def matching_pursuit(
     nonnegative: bool,
 ) -> dict[str, Any]:
     """See :func:`expander_sae.pursuit.matching_pursuit`; incremental. Arguments as :func:`omp`."""
-    return _run("matching_pursuit", targets, matrix, norms, k, tol, signed, nonnegative, reselect, refit)
+    options = {"reselect": reselect, "refit": refit}
+    return _run("matching_pursuit", targets, matrix, norms, k, tol, signed, nonnegative, **options)
 
 
 def _run(
     name: str,
     targets: Tensor,
-    matrix: ExpanderMatrix,
+    matrix: Matrix,
     norms: Tensor,
     k: int,
     tol: float | None,
     signed: bool,
     nonnegative: bool,
-    *options: int,
+    **options: int,
 ) -> dict[str, Any]:
     batch = targets.shape[0]
-    n, d = matrix.rows.shape
-    inputs = [tensor.contiguous() for tensor in (targets, matrix.rows, matrix.values, norms)]
-    indices = torch.zeros(batch, k, dtype=torch.int32)
-    values, residual_norms = torch.zeros(batch, k), torch.zeros(batch)
-    iterations, used = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
-    outputs = [indices, values, residual_norms, iterations, used]
-    pointers = (tensor.data_ptr() for tensor in inputs + outputs)
-    sizes = (batch, matrix.d_in, n, d, k)
-    kernels.run_kernel(
-        name, *pointers, *sizes, -1.0 if tol is None else tol, signed or nonnegative, nonnegative, *options
-    )
+    rows = matrix.support
+    assert rows is not None  # see `chosen`
+    n, d = rows.shape
+    given = {"h": targets, "rows": rows, "values": matrix.values, "norms": norms}
+    inputs = {key: tensor.contiguous() for key, tensor in given.items()}
+    used = torch.zeros(batch, dtype=torch.int32)
+    outputs = {
+        "indices": torch.zeros(batch, k, dtype=torch.int32),
+        "code": torch.zeros(batch, k),
+        "residual_norms": torch.zeros(batch),
+        "iterations": torch.zeros(batch, dtype=torch.int32),
+        "used": used,
+    }
+    choices = {"tol": -1.0 if tol is None else tol, "positive": signed or nonnegative, "nonnegative": nonnegative}
+    sizes = {"B": batch, "m": matrix.d_in, "n": n, "d": d, "k": k}
+    kernels.run_kernel(name, inputs | outputs, **sizes, **choices, **options)
     if bool((used < 0).any()):
         bad = int((used < 0).sum())
         raise ValueError(f"{bad} of {batch} samples have entries that are not finite; leave them out first")
     return {
-        "indices": indices,
-        "values": values,
-        "residual_norms": residual_norms,
-        "iterations": iterations,
+        "indices": outputs["indices"],
+        "values": outputs["code"],
+        "residual_norms": outputs["residual_norms"],
+        "iterations": outputs["iterations"],
         "stopped_early": used < k,
     }

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expander_sae.dictionary import Dictionary, ExpanderMatrix, Matrix
+from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.pursuit import cpu, selection
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.least_squares import ActiveSet, nonnegative_step, pivot_floor
-from expander_sae.pursuit.problem import Problem, Solution, as_matrix, run
+from expander_sae.pursuit.problem import Problem, Solution, as_matrix, run, supports
 
 
 def omp(
@@ -64,7 +64,7 @@ def omp(
         raise ValueError(f"block must be between 1 and k = {k}, got {block}")
     check_tolerance(tol)
     matrix = as_matrix(dictionary)
-    if disjoint and not isinstance(matrix, ExpanderMatrix):
+    if disjoint and matrix.support is None:
         raise ValueError("disjoint=True keeps the rows of a round's columns apart: it needs an expander dictionary")
 
     def solve(problem: Problem) -> Solution:
@@ -84,8 +84,8 @@ def check_tolerance(tol: float | None) -> None:
 
 
 def _candidates(problem: Problem, score: Tensor, count: int, disjoint: bool) -> tuple[Tensor, Tensor]:
-    if disjoint and isinstance(problem.matrix, ExpanderMatrix):
-        return selection.best_disjoint(score, count, problem.matrix, problem.floor)
+    if disjoint:
+        return selection.best_disjoint(score, count, supports(problem.matrix), problem.floor)
     return selection.best(score, count)
 
 

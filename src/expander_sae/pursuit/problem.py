@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expander_sae.dictionary import DenseMatrix, Dictionary, ExpanderMatrix, Matrix
+from expander_sae.dictionary import Dictionary, Matrix
 from expander_sae.ops import SparseCode
 from expander_sae.ops.reference import accumulate_dtype
 from expander_sae.pursuit import cpu
@@ -113,34 +113,25 @@ class Problem:
 
 
 def as_matrix(dictionary: Matrix | Dictionary) -> Matrix:
-    """The map of a dictionary, held still and outside the autograd graph."""
-    with torch.no_grad():
-        matrix = dictionary.matrix() if isinstance(dictionary, Dictionary) else dictionary
-    return matrix.detach()
-
-
-def unit_columns(matrix: Matrix, dtype: torch.dtype) -> tuple[Matrix, Tensor]:
-    """The matrix with unit columns in ``dtype``, and the norms ``(n,)`` it had. A zero column stays zero, norm 1.
+    """The map of a dictionary, held still and outside the autograd graph.
 
     Raises:
-        TypeError: a matrix of a kind that is not known here.
+        TypeError: something that is neither a dictionary nor a matrix.
     """
-    if isinstance(matrix, ExpanderMatrix):
-        values, norms = _unit_rows(matrix.values.to(dtype))
-        return replace(matrix, values=values), norms
-    if isinstance(matrix, DenseMatrix):
-        weight, norms = _unit_rows(matrix.weight.to(dtype))
-        return replace(matrix, weight=weight), norms
-    raise TypeError(f"expected a Dictionary, an ExpanderMatrix or a DenseMatrix, got {type(matrix).__name__}")
+    if not callable(getattr(dictionary, "matrix", None)):
+        raise TypeError(
+            f"expected a Dictionary or a Matrix, got {type(dictionary).__name__}; of an SAE give sae.dictionary "
+            "together with b_dec=sae.b_dec, of a dense array DenseMatrix(array.T), one feature in each row"
+        )
+    with torch.no_grad():
+        return dictionary.matrix().detach()
 
 
-def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    peak = rows.abs().amax(dim=1, keepdim=True)  # first, so that squares neither overflow nor vanish
-    usable = peak > torch.finfo(rows.dtype).tiny ** 0.5
-    peak = torch.where(usable, peak, 1.0)
-    scaled = torch.where(usable, rows / peak, 0.0)
-    length = torch.where(usable, scaled.norm(dim=1, keepdim=True), 1.0)
-    return scaled / length, (length * peak).squeeze(1)
+def supports(matrix: Matrix) -> Tensor:
+    """int32 ``(n, d)``, the rows of every column, or :class:`ValueError` if its columns are dense."""
+    if matrix.support is None:
+        raise ValueError("this solver compares the rows of sparse columns: it needs an expander dictionary")
+    return matrix.support
 
 
 def run(
@@ -152,7 +143,7 @@ def run(
     *,
     rounds: int = 0,
     cells: Callable[[Matrix], int] | None = None,
-    fast: Callable[[Tensor, ExpanderMatrix, Tensor], dict[str, Any]] | None = None,
+    fast: Callable[[Tensor, Matrix, Tensor], dict[str, Any]] | None = None,
     backend: str | None = None,
 ) -> PursuitCode:
     """Check the inputs, run ``solver`` chunk by chunk, and bring the code back to the units of ``h``.
@@ -176,14 +167,13 @@ def run(
     check(h, matrix, k, b_dec)
     with torch.no_grad():
         wide = accumulate_dtype(torch.promote_types(h.dtype, matrix.dtype))
-        unit, norms = unit_columns(matrix, wide)
+        unit, norms = matrix.unit(wide)
         flat = h.detach().reshape(-1, matrix.d_in).to(wide)
         if b_dec is not None:
             flat = flat - b_dec.detach().to(wide)
         if flat.shape[0] == 0:
             return _nothing(h, k, wide)
         if fast is not None and cpu.chosen(backend, unit, wide):
-            assert isinstance(unit, ExpanderMatrix)
             result = fast(flat, unit, norms)  # which refuses samples that are not finite itself
             result["values"] = result["values"].to(h.dtype)
             return PursuitCode(**result).reshape(*h.shape[:-1])
@@ -213,12 +203,11 @@ def _nothing(h: Tensor, k: int, dtype: torch.dtype) -> PursuitCode:
 
 
 def whole_gram(matrix: Matrix, correlations: int) -> Tensor | None:
-    """``WᵀW (n, n)`` of a dense matrix where it fits and so many ``correlations`` of one sample each pay for it."""
+    """``WᵀW (n, n)`` if the matrix has it in one product, it fits, and ``correlations`` of one sample each pay."""
     n = matrix.d_sae
-    if not isinstance(matrix, DenseMatrix) or correlations < GRAM_PAYS * n:
+    if correlations < GRAM_PAYS * n or n * n * matrix.dtype.itemsize > WORKING_BYTES:
         return None
-    fits = n * n * matrix.weight.element_size() <= WORKING_BYTES
-    return matrix.weight @ matrix.weight.T if fits else None
+    return matrix.whole_gram()
 
 
 def _adds_rows_fast(matrix: Matrix) -> bool:
@@ -282,23 +271,9 @@ def chunks(flat: Tensor, cells_per_sample: int) -> Iterator[Tensor]:
     yield from flat.split(size)
 
 
-def synthesis(matrix: Matrix) -> Callable[[Tensor], Tensor]:
-    """``x ↦ Wx`` for dense codes: ``(B, n)`` to ``(B, m)``."""
-    if isinstance(matrix, ExpanderMatrix):
-        n, d = matrix.rows.shape
-        column = torch.arange(n, device=matrix.device).repeat_interleave(d)
-        places = torch.stack([matrix.rows.flatten().long(), column])
-        sparse = torch.sparse_coo_tensor(
-            places, matrix.values.flatten(), (matrix.d_in, n), check_invariants=False
-        ).coalesce()
-        return lambda x: (sparse @ x.T).T
-    dense = matrix.to_dense()
-    return lambda x: x @ dense.T
-
-
 def squared_norm(matrix: Matrix) -> float:
     """An upper estimate of ``‖W‖₂²``: 50 steps of power iteration, and 5 % on top for what they leave open."""
-    combine = synthesis(matrix)
+    combine = matrix.synthesis()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, matrix.d_sae, generator=generator, dtype=matrix.dtype).to(matrix.device)
     largest = 1.0

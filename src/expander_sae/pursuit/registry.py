@@ -13,43 +13,41 @@ from expander_sae.pursuit.convex import fista, ista
 from expander_sae.pursuit.matching import gradient_pursuit, matching_pursuit
 from expander_sae.pursuit.omp import ols, omp
 from expander_sae.pursuit.thresholding import cosamp, htp, iht, niht, subspace_pursuit
+from expander_sae.registry import Registry
+from expander_sae.registry import check_options as check_names
 
 Solver = Callable[..., PursuitCode]
 """``solver(h, dictionary, k, b_dec=..., **options)``; which options there are is :func:`options_of`."""
 
-SOLVERS: dict[str, Solver] = {
-    "omp": omp,
-    "ols": ols,
-    "matching-pursuit": matching_pursuit,
-    "gradient-pursuit": gradient_pursuit,
-    "iht": iht,
-    "niht": niht,
-    "htp": htp,
-    "cosamp": cosamp,
-    "subspace-pursuit": subspace_pursuit,
-    "ista": ista,
-    "fista": fista,
-    "parallel-l0": parallel_l0,
-    "serial-l0": serial_l0,
-    "robust-l0": robust_l0,
-    "smp": smp,
-    "ssmp": ssmp,
-    "expander-recovery": expander_recovery,
-    "lddsr": lddsr,
-}
+SOLVERS: Registry[Solver] = Registry("solver")
 """Name to solver."""
+for _name, _solver in (
+    ("omp", omp),
+    ("ols", ols),
+    ("matching-pursuit", matching_pursuit),
+    ("gradient-pursuit", gradient_pursuit),
+    ("iht", iht),
+    ("niht", niht),
+    ("htp", htp),
+    ("cosamp", cosamp),
+    ("subspace-pursuit", subspace_pursuit),
+    ("ista", ista),
+    ("fista", fista),
+    ("parallel-l0", parallel_l0),
+    ("serial-l0", serial_l0),
+    ("robust-l0", robust_l0),
+    ("smp", smp),
+    ("ssmp", ssmp),
+    ("expander-recovery", expander_recovery),
+    ("lddsr", lddsr),
+):
+    SOLVERS.add(_name, _solver)
 
 _NOT_OPTIONS = ("h", "dictionary", "k", "b_dec")
 
 
 def solver(name: str) -> Solver:
-    """The solver called ``name``.
-
-    Raises:
-        ValueError: unknown name; the known ones are listed.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(map(repr, SOLVERS))}")
+    """The solver called ``name``. Raises ``ValueError`` for an unknown one; the known ones are listed."""
     return SOLVERS[name]
 
 
@@ -61,7 +59,4 @@ def options_of(name: str) -> dict[str, Any]:
 
 def check_options(name: str, options: dict[str, Any]) -> None:
     """Raise :class:`ValueError` if ``options`` names something the solver does not take."""
-    known = options_of(name)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it takes {', '.join(map(repr, known))}")
+    check_names(f"solver {name!r}", options, options_of(name))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expander_sae.dictionary import ExpanderMatrix
 from expander_sae.ops.reference import top_positions
 
-CANDIDATES_A_PICK = 8  # a row-disjoint round looks at this many features for each one it takes
+CANDIDATES_PER_PICK = 8  # a row-disjoint round looks at this many features for each one it takes
 _GROUP = 64  # features whose maximum is found before the place of the best one
 
 
@@ -38,16 +37,16 @@ def _argmax(score: Tensor) -> Tensor:
     return (group * _GROUP + inside).unsqueeze(1)
 
 
-def best_disjoint(score: Tensor, count: int, matrix: ExpanderMatrix, floor: Tensor) -> tuple[Tensor, Tensor]:
+def best_disjoint(score: Tensor, count: int, support: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """``count`` features, best first, none of which shares a row with an earlier one (THEORY C.3, C.12 e).
 
     They are looked for among the ``8 · count`` best above ``floor (B,)``; where those hold fewer, the best of the
     others follow.
     """
-    width = min(CANDIDATES_A_PICK * count, matrix.d_sae)
+    width = min(CANDIDATES_PER_PICK * count, score.shape[1])
     strength, candidates = best(score, width)
-    rows = matrix.rows[candidates].long()  # (B, C, d)
-    taken = torch.zeros(score.shape[0], matrix.d_in, dtype=torch.bool, device=score.device)
+    rows = support[candidates].long()  # (B, C, d)
+    taken = torch.zeros(score.shape[0], int(support.max()) + 1, dtype=torch.bool, device=score.device)
     accepted = torch.zeros_like(candidates, dtype=torch.bool)
     for place in range(width):
         clash = taken.gather(1, rows[:, place]).any(dim=1)

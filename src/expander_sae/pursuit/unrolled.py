@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expander_sae.dictionary import DenseMatrix, ExpanderMatrix, Matrix
+from expander_sae.dictionary import Matrix
 from expander_sae.ops import SparseCode
-from expander_sae.pursuit import matching_pursuit
+from expander_sae.pursuit.matching import matching_pursuit
 
 
 def unrolled_matching_pursuit(
@@ -47,19 +47,12 @@ def unrolled_matching_pursuit(
         ``(..., k)``; a slot that no feature fills (nothing left to explain) has index 0 and value 0.
 
     Raises:
-        TypeError: a matrix of another kind.
         ValueError: as :func:`expander_sae.pursuit.matching_pursuit`.
     """
     flat = h.reshape(-1, h.shape[-1])
-    if isinstance(matrix, ExpanderMatrix):
-        columns, rows = matrix.values, matrix.rows
-    elif isinstance(matrix, DenseMatrix):
-        columns, rows = matrix.weight, None
-    else:
-        raise TypeError(f"expected an ExpanderMatrix or a DenseMatrix, got {type(matrix).__name__}")
     select = _repeating if reselect else _fresh
     indices, values = select(matrix.detach(), flat.detach(), k, nonnegative)
-    values = _Coefficients.apply(flat, columns, rows, indices, values)
+    values = _Coefficients.apply(flat, matrix.values, matrix.support, indices, values)
     code = SparseCode(indices, values)
     return (_merged(code) if reselect else code).reshape(*h.shape[:-1])
 

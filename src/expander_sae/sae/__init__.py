@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from expander_sae.sae.encoder import Encoder, PursuitEncoder, TopKEncoder, UnrolledPursuit
+from expander_sae.sae.config import SAEConfig
+from expander_sae.sae.encoder import ENCODERS, Encoder, PursuitEncoder, TiedEncoder, UnrolledPursuit, UntiedEncoder
 from expander_sae.sae.folder import SAEFolderError
 from expander_sae.sae.hub import HubError
 from expander_sae.sae.sae import SAE
+from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Sparsity, TopK
 
-__all__ = ["SAE", "Encoder", "HubError", "PursuitEncoder", "SAEFolderError", "TopKEncoder", "UnrolledPursuit"]
+__all__ = [
+    "ENCODERS",
+    "SAE",
+    "SPARSITIES",
+    "BatchTopK",
+    "Encoder",
+    "HubError",
+    "PursuitEncoder",
+    "SAEConfig",
+    "SAEFolderError",
+    "Sparsity",
+    "TiedEncoder",
+    "TopK",
+    "UnrolledPursuit",
+    "UntiedEncoder",
+]

@@ -1,52 +1,82 @@
-"""Encoders: how centred activations become a sparse code on a :class:`~expander_sae.dictionary.Matrix`."""
+"""Who scores: encoders. They read activations with a :class:`~expander_sae.dictionary.Matrix`; a sparsity rule selects.
+
+A new encoder is a subclass here or in a plug-in, and its entry in :data:`ENCODERS`.
+"""
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from expander_sae import pursuit
-from expander_sae.dictionary import Dictionary, Matrix, dictionary_from
-from expander_sae.ops import SparseCode
+from expander_sae.dictionary import Dictionary, Matrix
+from expander_sae.ops import Selection, SparseCode
+from expander_sae.ops.fused import TiedError
+from expander_sae.pursuit.support_gradient import least_squares_values
 from expander_sae.pursuit.unrolled import unrolled_matching_pursuit
+from expander_sae.registry import Registry, check_options
+from expander_sae.stored import Section, take_tensor
 
 UNROLLED = "mp-unrolled"
 
 
-class Encoder(nn.Module):
-    """Turns centred activations ``h - b_dec`` into a code of ``k`` features on a given matrix."""
+class Encoder(nn.Module, ABC):
+    """Scores activations on a given matrix and hands the selected scores back as a code."""
 
-    k: int
     kind: str
-    own: Dictionary | None
-    """Columns of its own, if the encoder does not read with the decoder's."""
+    version: ClassVar[int] = 1
+    ranks_features: ClassVar[bool] = True
+    """Whether :meth:`code_among` works: AuxK needs it."""
 
-    def __init__(self, d_sae: int, k: int) -> None:
-        super().__init__()
-        k = operator.index(k)  # a numpy integer is no JSON
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}: a code cannot have more features")
-        self.k = k
-        self.own = None  # on the instance: a class attribute would hide the module that a subclass registers
+    @abstractmethod
+    def forward(
+        self, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection, *, check_finite: bool = False
+    ) -> SparseCode:
+        """The code of ``h (..., m)`` read about ``center (m,)``.
 
-    def forward(self, matrix: Matrix, centred: Tensor) -> SparseCode:
-        """The code of ``centred (..., m)``."""
-        raise NotImplementedError
+        Raises:
+            ValueError: wrong width; with ``check_finite``, NaN or infinity in ``h``.
+        """
 
-    def code_among(self, features: Tensor, matrix: Matrix, centred: Tensor, k: int) -> SparseCode:
-        """The best ``k`` among ``features (f,)``, for AuxK; indices count within ``features``."""
-        raise NotImplementedError
+    def fused_error(self, matrix: Matrix, h: Tensor, b_dec: Tensor, selection: Selection) -> TiedError | None:
+        """Forward, squared error and its gradients in one call, where there is such a call; else ``None``."""
+        return None
+
+    def code_among(
+        self, features: Tensor, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection
+    ) -> SparseCode:
+        """The code on ``features (f,)`` alone, for AuxK; indices count within ``features``."""
+        raise ValueError(f"AuxK ranks dead features by an encoder's scores; {self.kind!r} has none: set aux_k=0")
+
+    def check(self, selection: Selection | None) -> None:
+        """Raise ``ValueError`` for a sparsity rule this encoder cannot serve."""
+
+    def signed(self, rule: bool) -> bool:
+        """Whether codes may hold negative values, where those of the rule may (``rule``)."""
+        return rule
+
+    @property
+    def num_values(self) -> int:
+        """Learned values beside the dictionary's; biases not counted."""
+        return 0
 
     def config(self) -> dict[str, Any]:
-        """What, with :meth:`stored_tensors`, rebuilds the encoder."""
-        raise NotImplementedError
+        """The section of ``config.json`` that, with :meth:`stored_tensors`, rebuilds the encoder."""
+        return {"kind": self.kind, "version": self.version}
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """What goes to disk."""
         return {}
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], dictionary: Dictionary) -> Self:
+        """Rebuild from :meth:`config` and :meth:`stored_tensors`. Raises ``ValueError`` for what does not fit."""
+        raise NotImplementedError
 
     def reset_features(self, features: Tensor, matrix: Matrix) -> None:
         """Start the named features afresh after their columns in ``matrix`` were."""
@@ -55,86 +85,141 @@ class Encoder(nn.Module):
         """Follow activations from ``factor · h`` to ``h``."""
 
 
-class TopKEncoder(Encoder):
-    """``x = TopK_k(z)``, ``z = Wᵀ(h - b_dec) + b_enc`` with the decoder's own ``W`` (tied) or one of its own (untied).
+class TiedEncoder(Encoder):
+    """``z = Wᵀ(h - b_dec) + b_enc``, with the decoder's own ``W``."""
 
-    The paper ranks by signed ``z`` without a ReLU. ``relu`` clips the chosen values at 0, the field's habit.
+    kind = "tied"
 
-    Args:
-        d_sae: features ``n``.
-        k: active features a sample.
-        relu: clip after the selection.
-        own: the untied encoder's columns; ``None`` ties it to the decoder.
-    """
-
-    def __init__(self, d_sae: int, k: int, *, relu: bool = False, own: Dictionary | None = None) -> None:
-        super().__init__(d_sae, k)
-        self.relu = relu
-        self.own = own
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.kind = "tied" if own is None else "untied"
 
-    def forward(self, matrix: Matrix, centred: Tensor) -> SparseCode:
-        own = matrix if self.own is None else self.own.matrix()
-        return own.topk(centred, self.b_enc, self.k, relu=self.relu)
+    def own(self, matrix: Matrix) -> Matrix:
+        """What the encoder reads with, given the decoder's matrix."""
+        return matrix
 
-    def code_among(self, features: Tensor, matrix: Matrix, centred: Tensor, k: int) -> SparseCode:
-        own = matrix if self.own is None else self.own.matrix()
-        return own.subset(features).topk(centred, self.b_enc[features], k, relu=self.relu)
+    def forward(
+        self, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection, *, check_finite: bool = False
+    ) -> SparseCode:
+        return self.own(matrix).select(h, self.b_enc, selection, center=center, check_finite=check_finite)
 
-    def config(self) -> dict[str, Any]:
-        own = None if self.own is None else self.own.config()
-        return {"kind": self.kind, "sparsity": "topk", "k": self.k, "relu": self.relu, "dictionary": own}
+    def fused_error(self, matrix: Matrix, h: Tensor, b_dec: Tensor, selection: Selection) -> TiedError | None:
+        return matrix.tied_error(h, self.b_enc, b_dec, selection)
+
+    def code_among(
+        self, features: Tensor, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection
+    ) -> SparseCode:
+        return self.own(matrix).subset(features).select(h, self.b_enc[features], selection, center=center)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        own = {} if self.own is None else self.own.stored_tensors()
-        return {"b_enc": self.b_enc.detach()} | {f"encoder.{name}": tensor for name, tensor in own.items()}
+        return {"b_enc": self.b_enc.detach()}
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], dictionary: Dictionary) -> Self:
+        section.only("kind", "version")
+        encoder = cls(dictionary.d_sae)
+        encoder.b_enc = nn.Parameter(take_tensor(tensors, "b_enc", (dictionary.d_sae,)))
+        return encoder
 
     @torch.no_grad()
     def reset_features(self, features: Tensor, matrix: Matrix) -> None:
-        # No bias, and an own column equal to the decoder's.
         self.b_enc[features] = 0
-        if self.own is not None:
-            self.own.point_at(features, matrix.columns(features))
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
         self.b_enc /= factor
 
 
-class PursuitEncoder(Encoder):
-    """A pursuit on the decoder's own columns: no parameters, better codes than a TopK encoder's.
-
-    In training the code is found with the dictionary held still; gradients reach the dictionary through the decoder
-    alone, which at a least-squares code is the whole gradient (the envelope theorem).
+class UntiedEncoder(TiedEncoder):
+    """``z = Vᵀ(h - b_dec) + b_enc`` with columns ``V`` of its own on the dictionary's supports.
 
     Args:
-        d_sae: features ``n``.
-        k: the most active features a sample.
+        values: one row for each feature, in the form of the dictionary's values; used as they are, not normalised.
+    """
+
+    kind = "untied"
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values.shape[0])
+        self.values = nn.Parameter(values.contiguous())
+
+    def own(self, matrix: Matrix) -> Matrix:
+        return matrix.with_values(self.values)
+
+    def fused_error(self, matrix: Matrix, h: Tensor, b_dec: Tensor, selection: Selection) -> None:
+        return None
+
+    @property
+    def num_values(self) -> int:
+        return self.values.numel()
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        return super().stored_tensors() | {"values": self.values.detach()}
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], dictionary: Dictionary) -> Self:
+        section.only("kind", "version")
+        encoder = cls(take_tensor(tensors, "values", tuple(dictionary.values.shape)))
+        encoder.b_enc = nn.Parameter(take_tensor(tensors, "b_enc", (dictionary.d_sae,)))
+        return encoder
+
+    @torch.no_grad()
+    def reset_features(self, features: Tensor, matrix: Matrix) -> None:
+        super().reset_features(features, matrix)
+        self.values[features] = matrix.values[features]
+
+
+class PursuitEncoder(Encoder):
+    """A pursuit on the decoder's own columns: no parameters, better codes than a linear encoder's.
+
+    In training the code is found with the dictionary held still; gradients reach the dictionary through the decoder
+    alone, which at a least-squares code is the whole gradient (the envelope theorem). To activations that ask for it
+    the gradient flows on the fixed support.
+
+    Args:
         solver: a name of :data:`expander_sae.pursuit.SOLVERS`.
         options: the solver's options, such as ``block`` or ``disjoint``.
 
     Raises:
-        ValueError: ``k`` outside ``[1, d_sae]``, unknown solver or option.
+        ValueError: unknown solver or option.
     """
 
-    def __init__(self, d_sae: int, k: int, solver: str, options: dict[str, Any] | None = None) -> None:
-        super().__init__(d_sae, k)
+    ranks_features = False
+
+    def __init__(self, solver: str, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
         self.kind = solver
         self.options = dict(options or {})
         pursuit.check_options(solver, self.options)
 
-    @torch.no_grad()
-    def forward(self, matrix: Matrix, centred: Tensor) -> SparseCode:
-        return pursuit.solver(self.kind)(centred, matrix.detach(), self.k, **self.options)
+    def forward(
+        self, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection, *, check_finite: bool = False
+    ) -> SparseCode:
+        # The solvers refuse what is not finite themselves, always.
+        with torch.no_grad():
+            found = pursuit.solver(self.kind)(h - center, matrix.detach(), selection.capacity, **self.options)
+            code = SparseCode(found.indices, found.values)
+        if h.requires_grad and torch.is_grad_enabled():
+            code = replace(code, values=least_squares_values(code, matrix.detach(), h, center.detach()))
+        return code
 
-    def code_among(self, features: Tensor, matrix: Matrix, centred: Tensor, k: int) -> SparseCode:
-        raise ValueError(
-            "AuxK ranks dead features by an encoder's scores; a pursuit has none: set aux_k=0 and resample instead"
-        )
+    def check(self, selection: Selection | None) -> None:
+        if selection is None or selection.threshold is not None or selection.rank != "signed":
+            raise ValueError(
+                f"the pursuit {self.kind!r} chooses features itself and takes their number only: use the sparsity rule "
+                "'topk' without relu or rank; for codes that are not negative give the pursuit nonnegative=True"
+            )
+
+    def signed(self, rule: bool) -> bool:
+        return not self.options.get("nonnegative", False)
 
     def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "sparsity": "pursuit", "k": self.k, "options": self.options}
+        return super().config() | {"options": self.options}
+
+    @classmethod
+    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], dictionary: Dictionary) -> Self:
+        section.only("kind", "version", "options")
+        return cls(section.text("kind"), section.mapping("options"))
 
 
 class UnrolledPursuit(PursuitEncoder):
@@ -144,61 +229,38 @@ class UnrolledPursuit(PursuitEncoder):
     dictionary and ``b_dec`` beside the decoder's. See :mod:`expander_sae.pursuit.unrolled`.
 
     Args:
-        d_sae: features ``n``.
-        k: rounds.
+        solver: :data:`UNROLLED`.
         options: ``nonnegative`` (positive coefficients only) and ``reselect`` (a feature may be taken again, as in
             that paper); both ``False`` by default.
 
     Raises:
-        ValueError: ``k`` outside ``[1, d_sae]``, or another option.
+        ValueError: another option.
     """
 
-    def __init__(self, d_sae: int, k: int, options: dict[str, Any] | None = None) -> None:
-        check_pursuit(UNROLLED, dict(options or {}))
-        super().__init__(d_sae, k, "matching-pursuit", options)
-        self.kind = UNROLLED
+    def __init__(self, solver: str = UNROLLED, options: Mapping[str, Any] | None = None) -> None:
+        Encoder.__init__(self)
+        self.kind = solver
+        self.options = dict(options or {})
+        check_options(f"the encoder {solver!r}", self.options, ("nonnegative", "reselect"))
 
-    def forward(self, matrix: Matrix, centred: Tensor) -> SparseCode:
-        return unrolled_matching_pursuit(matrix, centred, self.k, **self.options)
-
-
-PURSUITS = (*pursuit.SOLVERS, UNROLLED)
-"""What an encoder by pursuit may be called."""
-
-
-def pursuit_encoder(d_sae: int, k: int, kind: str, options: dict[str, Any] | None = None) -> PursuitEncoder:
-    """The encoder called ``kind``, one of :data:`PURSUITS`. Raises ``ValueError`` as its class does."""
-    return UnrolledPursuit(d_sae, k, options) if kind == UNROLLED else PursuitEncoder(d_sae, k, kind, options)
+    def forward(
+        self, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection, *, check_finite: bool = False
+    ) -> SparseCode:
+        return unrolled_matching_pursuit(matrix, h - center, selection.capacity, **self.options)
 
 
-def check_pursuit(kind: str, options: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an unknown pursuit or an option it does not take."""
-    if kind != UNROLLED:
-        pursuit.check_options(kind, options)
-    elif unknown := sorted(set(options) - {"nonnegative", "reselect"}):
-        raise ValueError(f"{UNROLLED!r} has no option {unknown[0]!r}; it takes 'nonnegative', 'reselect'")
+ENCODERS: Registry[type[Encoder]] = Registry("encoder")
+"""Encoders by kind. Those of pursuits are made as ``cls(kind, options)``."""
+ENCODERS.add("tied", TiedEncoder)
+ENCODERS.add("untied", UntiedEncoder)
+ENCODERS.add(UNROLLED, UnrolledPursuit)
+for _name in pursuit.SOLVERS:
+    ENCODERS.add(_name, PursuitEncoder)
 
 
-def encoder_from(config: dict[str, Any], tensors: dict[str, Tensor], d_in: int, d_sae: int) -> Encoder:
-    """Rebuild an encoder from its config and stored tensors.
-
-    Raises:
-        ValueError: unknown kind or option, or a missing tensor.
-    """
-    kind, sparsity = config["kind"], config["sparsity"]
-    if sparsity == "pursuit":
-        return pursuit_encoder(d_sae, config["k"], kind, config["options"])
-    if kind not in ("tied", "untied") or sparsity != "topk":
-        raise ValueError(f"unknown encoder {kind!r} with sparsity {sparsity!r}; upgrade expander-sae")
-    own = None
-    if config["dictionary"] is not None:
-        prefix = "encoder."
-        stored = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        own = dictionary_from(config["dictionary"], stored, d_in)
-    encoder = TopKEncoder(d_sae, config["k"], relu=config["relu"], own=own)
-    if "b_enc" not in tensors:
-        raise ValueError("the encoder lacks 'b_enc'")
-    if tensors["b_enc"].shape != (d_sae,):
-        raise ValueError(f"b_enc should have shape ({d_sae},), it has {tuple(tensors['b_enc'].shape)}")
-    encoder.b_enc = nn.Parameter(tensors["b_enc"].contiguous())
-    return encoder
+def pursuit_encoder(kind: str, options: Mapping[str, Any] | None = None) -> PursuitEncoder:
+    """The encoder by pursuit called ``kind``. Raises ``ValueError`` for another name or option."""
+    found = ENCODERS[kind]
+    if not issubclass(found, PursuitEncoder):
+        raise ValueError(f"{kind!r} is no pursuit: it has values of its own to learn")
+    return found(kind, options)

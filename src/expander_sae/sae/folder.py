@@ -1,4 +1,9 @@
-"""The folder an SAE is stored in: ``config.json`` and ``sae.safetensors``, written atomically, checked on reading."""
+"""The folder an SAE is stored in: ``config.json`` and ``sae.safetensors`` (docs/formats.md).
+
+A save is one atomic change. The new tensors are written beside the old ones as ``sae.next.safetensors``; the rename of
+``config.json``, which names the tensor file's hash, is the change; then the tensors are renamed into place. A reader
+takes the tensor file that the config names, whatever it is called at that moment.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expander_sae import files
 
 FORMAT = "expander-sae"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "sae.safetensors"
+_NEXT_NAME = "sae.next.safetensors"
+_OWN_KEYS = ("format", "version", "files", "config_sha256")
+_TRIES = 20  # a reader meets a save in progress at most so often
 
 
 class SAEFolderError(ValueError):
@@ -25,30 +32,31 @@ class SAEFolderError(ValueError):
 
 
 def write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write both files.
-
-    Both are written whole beside their places before either is moved there, ``config.json`` last: whatever fails on the
-    way, an SAE that was in the folder stays, and a folder that has a config is whole.
+    """Write both files. An SAE that was in the folder stays readable until the new one is whole, whatever happens.
 
     Raises:
         OSError: the disk is full or cannot be written.
         TypeError, ValueError: a config that is no JSON.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with (
-        files.atomic_path(folder / CONFIG_NAME) as config_file,
-        files.atomic_path(folder / TENSORS_NAME) as tensor_file,
-    ):
-        try:
-            save_file(stored, tensor_file)
-        except SafetensorError as error:  # it wraps the operating system's errors
-            raise OSError(f"could not write {folder / TENSORS_NAME}: {error}") from error
-        whole = {"format": FORMAT, "version": FORMAT_VERSION} | config
-        recorded = {"sha256": files.sha256_file(tensor_file), "bytes": tensor_file.stat().st_size}
+    whole = {"format": FORMAT, "version": FORMAT_VERSION} | config
+    json.dumps(whole, allow_nan=False)  # what is no JSON fails before anything is touched
+    _finish_switch(folder)
+    try:
+        with files.atomic_path(folder / _NEXT_NAME) as tensor_file:
+            try:
+                safetensors.torch.save_file(stored, tensor_file)
+            except SafetensorError as error:  # it wraps the operating system's errors
+                raise OSError(f"could not write {folder / TENSORS_NAME}: {error}") from error
+            recorded = {"sha256": files.sha256_file(tensor_file), "bytes": tensor_file.stat().st_size}
         whole["files"] = {TENSORS_NAME: recorded}
         whole["config_sha256"] = _config_hash(whole)
-        config_file.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        files.atomic_write_json(folder / CONFIG_NAME, whole)  # the switch
+    except BaseException:
+        _finish_switch(folder)
+        raise
+    (folder / _NEXT_NAME).replace(folder / TENSORS_NAME)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -57,19 +65,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         SAEFolderError: no folder or no config, not JSON, another format or version, or altered.
     """
-    path = Path(folder) / CONFIG_NAME
+    path = Path(folder).expanduser() / CONFIG_NAME
     if not path.exists():
         raise SAEFolderError(f"{folder} holds no {CONFIG_NAME}: not an SAE folder, or its writing was cut off")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise SAEFolderError(f"{path} is not readable JSON ({error}); fetch or save the SAE again") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SAEFolderError(f"{path} is not of the format {FORMAT!r}")
     if config.get("version") != FORMAT_VERSION:
         raise SAEFolderError(
-            f"{path} has format version {config.get('version')}, this program reads version {FORMAT_VERSION}; "
-            "upgrade expander-sae or save the SAE with this version"
+            f"{path} has format version {config.get('version')!r}, this program reads version {FORMAT_VERSION}; "
+            "train and save the SAE again, or use the expander-sae that wrote it"
         )
     if config.get("config_sha256") != _config_hash(config):
         raise SAEFolderError(f"{path} was altered after it was written: its contents do not match config_sha256")
@@ -77,32 +85,23 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors, the tensor file checked against its recorded size and hash.
+    """Config (without the format's own keys) and tensors, the tensor file checked against its recorded size and hash.
 
     Raises:
         SAEFolderError: see :func:`read_config`; a missing, truncated or altered tensor file is named.
     """
+    folder = Path(folder).expanduser()
     config = read_config(folder)
-    for name, recorded in config["files"].items():
-        path = Path(folder) / name
-        if not path.exists():
-            raise SAEFolderError(f"{folder} lacks {name}, which its {CONFIG_NAME} lists; fetch or save the SAE again")
-        size = path.stat().st_size
-        if size != recorded["bytes"]:
-            raise SAEFolderError(
-                f"{path} has {size} bytes, {CONFIG_NAME} records {recorded['bytes']}: truncated or altered"
-            )
-        digest = files.sha256_file(path)
-        if digest != recorded["sha256"]:
-            raise SAEFolderError(
-                f"{path} was altered: its SHA-256 is {digest}, {CONFIG_NAME} records {recorded['sha256']}"
-            )
-    try:
-        # Copies, because those of the file lie at any address: matrix products round differently there, and an SAE
-        # should give after loading, bit for bit, what it gave before.
-        return config, {name: tensor.clone() for name, tensor in load_file(Path(folder) / TENSORS_NAME).items()}
-    except SafetensorError as error:
-        raise SAEFolderError(f"{Path(folder) / TENSORS_NAME} cannot be read: {error}") from None
+    unchanged = 0
+    for _ in range(_TRIES):
+        data, problem = _tensor_data(folder, config)
+        if data is not None:
+            return {key: value for key, value in config.items() if key not in _OWN_KEYS}, _tensors(folder, data)
+        before, config = config, read_config(folder)
+        unchanged = unchanged + 1 if config == before else 0
+        if unchanged == 2:  # once: the tensors may have been renamed into place between the two looks
+            raise SAEFolderError(problem)
+    raise SAEFolderError(f"{folder} is being saved again and again: read it when that has ended")
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
@@ -110,18 +109,55 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def _tensor_data(folder: Path, config: dict[str, Any]) -> tuple[bytes | None, str]:
+    """The bytes of the tensor file that the config names, or why there are none."""
+    recorded = config.get("files")
+    recorded = recorded.get(TENSORS_NAME) if isinstance(recorded, dict) else None
+    if not isinstance(recorded, dict) or not {"sha256", "bytes"} <= recorded.keys():
+        raise SAEFolderError(f"{folder / CONFIG_NAME} names no {TENSORS_NAME} with its size and hash")
+    problem = f"{folder} lacks {TENSORS_NAME}, which its {CONFIG_NAME} lists; fetch or save the SAE again"
+    for name in (TENSORS_NAME, _NEXT_NAME):
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != recorded["bytes"]:
+                found = f"{path} has {size} bytes, {CONFIG_NAME} records {recorded['bytes']}: truncated or altered"
+            else:
+                data = path.read_bytes()  # once: what is hashed is what is parsed
+                digest = hashlib.sha256(data).hexdigest()
+                if digest == recorded["sha256"]:
+                    return data, ""
+                found = f"{path} was altered: its SHA-256 is {digest}, {CONFIG_NAME} records {recorded['sha256']}"
+        except FileNotFoundError:
+            continue
+        problem = found if name == TENSORS_NAME else problem
+    return None, problem
+
+
+def _tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        # Copies, because those of the file lie at any address: matrix products round differently there, and an SAE
+        # should give after loading, bit for bit, what it gave before.
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise SAEFolderError(f"{folder / TENSORS_NAME} cannot be read: {error}") from None
+
+
+def _finish_switch(folder: Path) -> None:
+    """Bring what a killed save left into order: tensors the config already names go to their place, others go."""
+    waiting = folder / _NEXT_NAME
+    if not waiting.exists():
+        return
+    try:
+        recorded = read_config(folder)["files"][TENSORS_NAME]["sha256"]
+    except (SAEFolderError, KeyError, TypeError):
+        recorded = None
+    if files.sha256_file(waiting) == recorded:
+        waiting.replace(folder / TENSORS_NAME)
+    else:
+        waiting.unlink()
+
+
 def _config_hash(config: dict[str, Any]) -> str:
     body = {key: value for key, value in config.items() if key != "config_sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def check_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """``tensor`` if it is floating point with that shape, else :class:`SAEFolderError`."""
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.dtype not in _STORED:
-        raise SAEFolderError(
-            f"{name} should be floating point of shape {shape}, it is {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    return tensor
-
-
-_STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

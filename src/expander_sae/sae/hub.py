@@ -26,17 +26,18 @@ class HubError(OSError):
     """The Hub did not deliver or accept; says what to do."""
 
 
-def local_folder(folder_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder itself if it exists, else a cached download of the Hub repository of that id.
+def local_folder(folder_or_id: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder itself if it exists, else a cached download of the Hub repository of that id; ``subfolder`` inside it.
 
     Raises:
         HubError: no such folder and no such repository, or the Hub is out of reach.
     """
-    folder = Path(folder_or_id)
+    folder, inside = Path(folder_or_id).expanduser(), subfolder or ""
     if folder.is_dir():
-        return folder
+        return folder / inside
+    wanted = [f"{inside.rstrip('/')}/{name}" if inside else name for name in HUB_FILES]
     try:
-        return Path(snapshot_download(str(folder_or_id), revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(str(folder_or_id), revision=revision, allow_patterns=wanted)) / inside
     except HFValidationError:
         raise HubError(f"there is no folder {folder_or_id}, and that is not a Hub id of the form owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
@@ -77,24 +78,27 @@ def publish(folder: str | Path, repo_id: str, *, private: bool = False, token: s
 
 def model_card(config: dict[str, Any], repo_id: str) -> str:
     """A README for the Hub: what the SAE is, on what it was trained, how well it does, how to load it."""
-    dictionary, encoder = config["dictionary"], config["encoder"]
+    dictionary, encoder, sparsity = config["dictionary"], config["encoder"], config["sparsity"]
+    metadata = config["metadata"]
     header = ["---", "library_name: expander-sae", "tags:", "- sparse-autoencoder", "- mechanistic-interpretability"]
-    model = (config.get("trained_on") or {}).get("model")
+    model = (metadata.get("trained_on") or {}).get("model")
     if model and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):  # a Hub id, not a folder's path
         header.append(f"base_model: {model}")
     facts = {
         "Activation width `d_in`": config["d_in"],
         "Features `d_sae`": config["d_sae"],
-        "Active features `k`": encoder["k"],
-        "Dictionary": dictionary["kind"] + (f", degree {dictionary['degree']}" if "degree" in dictionary else ""),
+        "Active features `k`": sparsity["k"],
+        "Dictionary": dictionary["kind"] + (f", degree {dictionary['mask']['degree']}" if "mask" in dictionary else ""),
         "Encoder": encoder["kind"],
+        "Sparsity": sparsity["kind"],
+        "Codes": "signed" if config["signed"] else "not negative",
         "Learned values": f"{config['num_values']:,}",
         "Bytes of weights": f"{config['num_bytes']:,}",
     }
     lines = [*header, "---", "", f"# {repo_id.split('/')[-1]}", ""]
     lines += ["A sparse autoencoder made with `expander-sae` (Expander SAEs, arXiv 2607.01799).", ""]
     lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts.items()]
-    for title, section in (("Trained on", config.get("trained_on")), ("Metrics", config.get("metrics"))):
+    for title, section in (("Trained on", metadata.get("trained_on")), ("Metrics", metadata.get("metrics"))):
         if section:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
             lines += [

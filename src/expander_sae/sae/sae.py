@@ -1,4 +1,4 @@
-"""The sparse autoencoder: a dictionary, an encoder and a decoder bias."""
+"""The sparse autoencoder: a dictionary, an encoder, a sparsity rule and a decoder bias."""
 
 from __future__ import annotations
 
@@ -9,48 +9,83 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, dictionary_from
+from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, Matrix, dictionary_from
 from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode
-from expander_sae.ops.fused import TiedError, tied_error
-from expander_sae.sae import folder as sae_folder
-from expander_sae.sae import hub
-from expander_sae.sae.encoder import Encoder, TopKEncoder, encoder_from, pursuit_encoder
+from expander_sae.ops import Selection, SparseCode
+from expander_sae.ops.fused import TiedError
+from expander_sae.sae import folder, hub
+from expander_sae.sae.encoder import ENCODERS, Encoder, TiedEncoder, UntiedEncoder, pursuit_encoder
+from expander_sae.sae.sparsity import SPARSITIES, Sparsity, TopK
+from expander_sae.stored import Section, take_tensor
+
+_KEYS = ("d_in", "d_sae", "dictionary", "encoder", "sparsity", "signed", "num_values", "num_bytes", "metadata")
 
 
 class SAE(nn.Module):
-    """``h ≈ ĥ = W x + b_dec`` with a ``k``-sparse ``x``.
+    """``h ≈ ĥ = W x + b_dec`` with a sparse ``x``.
 
     Activations may have any leading shape ``(..., d_in)`` and any floating type; they are computed on in the SAE's
     own type and the reconstruction comes back in theirs.
 
     Args:
         dictionary: the columns ``W``.
-        encoder: activations to code.
-        metadata: ``trained_on``, ``training``, ``metrics``: stored with the weights, shown on the model card.
+        encoder: who scores.
+        sparsity: who selects.
+        metadata: anything that is JSON: stored with the weights and kept on every round trip. The program itself uses
+            ``trained_on``, ``training`` and ``metrics``, shown on the model card.
+        certificate: a certificate of the dictionary, stored likewise.
+
+    Raises:
+        ValueError: an encoder that cannot serve the rule.
     """
 
-    def __init__(self, dictionary: Dictionary, encoder: Encoder, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        encoder: Encoder,
+        sparsity: Sparsity,
+        metadata: dict[str, Any] | None = None,
+        certificate: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        encoder.check(sparsity.selection())
         self.dictionary = dictionary
         self.encoder = encoder
+        self.sparsity = sparsity
         self.b_dec = nn.Parameter(torch.zeros(dictionary.d_in))
-        self.metadata: dict[str, Any] = metadata or {}
+        self.metadata: dict[str, Any] = metadata if metadata is not None else {}
+        self.certificate = certificate
 
     @classmethod
     def expander(
-        cls, mask: Mask, k: int, *, untied: bool = False, relu: bool = False, unit_norm: bool = True, seed: int = 0
+        cls,
+        mask: Mask,
+        k: int,
+        *,
+        untied: bool = False,
+        relu: bool = False,
+        unit_norm: bool = True,
+        seed: int = 0,
+        sparsity: Sparsity | None = None,
     ) -> SAE:
         """An SAE on an expander mask, ``d·n`` learned values (twice that ``untied``).
+
+        Args:
+            mask: the supports.
+            k: active features per sample.
+            untied: the encoder has values of its own, on the same supports.
+            relu: of the TopK rule.
+            unit_norm: normalise columns in the forward pass.
+            seed: draws the initial values.
+            sparsity: a rule in place of ``TopK(k, relu)``.
 
         Raises:
             ValueError: ``k`` outside ``[1, d_sae]``.
         """
         generator = torch.Generator().manual_seed(seed)
         dictionary = ExpanderDictionary(mask, unit_norm=unit_norm, generator=generator)
-        # A copy: without unit norm the matrix holds the parameter's own memory.
-        own = ExpanderDictionary(mask, dictionary.matrix().values.detach().clone(), unit_norm=False) if untied else None
-        return cls(dictionary, TopKEncoder(mask.d_sae, k, relu=relu, own=own))
+        rule = TopK(mask.d_sae, k, relu=relu) if sparsity is None else sparsity
+        return cls(dictionary, _linear_encoder(dictionary.matrix().values, untied), rule)
 
     @classmethod
     def dense(
@@ -63,8 +98,11 @@ class SAE(nn.Module):
         relu: bool = False,
         unit_norm: bool = True,
         seed: int = 0,
+        sparsity: Sparsity | None = None,
     ) -> SAE:
-        """A dense TopK SAE, ``m·n`` learned values (twice that ``untied``), its encoder starting at the decoder.
+        """A dense SAE, ``m·n`` learned values (twice that ``untied``), its encoder starting at the decoder.
+
+        Arguments as :meth:`expander`.
 
         Raises:
             ValueError: ``k`` outside ``[1, d_sae]``, or a size below 1.
@@ -73,8 +111,8 @@ class SAE(nn.Module):
             raise ValueError(f"d_in and d_sae must be at least 1, got {d_in} and {d_sae}")
         generator = torch.Generator().manual_seed(seed)
         dictionary = DenseDictionary.random(d_in, d_sae, unit_norm=unit_norm, generator=generator)
-        own = DenseDictionary(dictionary.weight.detach().clone(), unit_norm=False) if untied else None
-        return cls(dictionary, TopKEncoder(d_sae, k, relu=relu, own=own))
+        rule = TopK(d_sae, k, relu=relu) if sparsity is None else sparsity
+        return cls(dictionary, _linear_encoder(dictionary.values, untied), rule)
 
     @property
     def d_in(self) -> int:
@@ -86,7 +124,13 @@ class SAE(nn.Module):
 
     @property
     def k(self) -> int:
-        return self.encoder.k
+        """Features per sample, as the sparsity rule counts them."""
+        return self.sparsity.k
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes may hold negative values."""
+        return self.encoder.signed(self.sparsity.signed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,40 +139,39 @@ class SAE(nn.Module):
     @property
     def num_values(self) -> int:
         """Learned dictionary values, decoder and (if untied) encoder; biases not counted, as in the paper."""
-        own = self.encoder.own
-        return self.dictionary.num_values + (own.num_values if own is not None else 0)
+        return self.dictionary.num_values + self.encoder.num_values
 
     @property
     def num_bytes(self) -> int:
         """Bytes of everything on disk: values, supports that no recipe redraws, biases."""
-        return sae_folder.tensor_bytes(self._stored_tensors())
+        return folder.tensor_bytes(self._stored_tensors())
 
     def with_encoder(self, solver: str, *, k: int | None = None, **options: Any) -> SAE:
         """The same dictionary and ``b_dec`` (shared) read by a pursuit, as in ``with_encoder("omp", block=8)``.
 
         Args:
             solver: a name of :data:`expander_sae.pursuit.SOLVERS`, or ``"mp-unrolled"``.
-            k: features a sample; default as now.
+            k: features per sample; default as now.
             options: the solver's.
 
         Raises:
             ValueError: unknown solver or option, ``k`` outside ``[1, d_sae]``.
         """
-        encoder = pursuit_encoder(self.d_sae, self.k if k is None else k, solver, options)
+        rule = TopK(self.d_sae, self.k if k is None else k)
         # Metrics were measured under another encoder.
-        other = SAE(self.dictionary, encoder, {key: self.metadata[key] for key in self.metadata if key != "metrics"})
+        metadata = {key: self.metadata[key] for key in self.metadata if key != "metrics"}
+        other = SAE(self.dictionary, pursuit_encoder(solver, options), rule, metadata, self.certificate)
         other.b_dec = self.b_dec
-        return other
+        return other.train(self.training)
 
     def encode(self, h: Tensor) -> SparseCode:
-        """The code of ``h (..., d_in)``: ``indices`` int32 and ``values``, both ``(..., k)``.
+        """The code of ``h (..., d_in)``: ``indices`` int32 and ``values``, both ``(..., capacity)``.
 
         Raises:
             TypeError: ``h`` is not floating point.
-            ValueError: wrong width, or NaN or infinity in ``h``.
+            ValueError: wrong width, NaN or infinity in ``h``, or values too large for the SAE's type.
         """
-        self._check(h)
-        return self.encoder(self.dictionary.matrix(), h.to(self.dtype) - self.b_dec)
+        return self._code(self.dictionary.matrix(), self._fitting(h), check_finite=True)
 
     def decode(self, code: SparseCode) -> Tensor:
         """``Wx + b_dec``: ``(..., d_in)``."""
@@ -136,114 +179,165 @@ class SAE(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """The reconstruction of ``h``, in its shape and type. Raises as :meth:`encode`."""
-        self._check(h)
-        return self.encode_decode(h.to(self.dtype))[1].to(h.dtype)
-
-    def encode_decode(self, h: Tensor) -> tuple[SparseCode, Tensor]:
-        """Code and reconstruction in one pass over one matrix, unchecked."""
         matrix = self.dictionary.matrix()
-        code = self.encoder(matrix, h - self.b_dec)
-        return code, matrix.decode(code) + self.b_dec
+        code = self._code(matrix, self._fitting(h), check_finite=True)
+        return (matrix.decode(code) + self.b_dec).to(h.dtype)
 
     def squared_error(self, h: Tensor) -> TiedError:
         """``mean ‖h - ĥ‖²`` over ``h (B, d_in)``, differentiable in the parameters; residual and code beside it.
 
         Unchecked: the training path. A tied TopK encoder on an expander takes one fused call.
         """
-        dictionary, encoder = self.dictionary, self.encoder
-        if isinstance(dictionary, ExpanderDictionary) and isinstance(encoder, TopKEncoder) and encoder.own is None:
-            matrix = dictionary.matrix()
-            return tied_error(h, matrix.rows, matrix.values, encoder.b_enc, self.b_dec, encoder.k, relu=encoder.relu)
-        code, recon = self.encode_decode(h)
-        residual = h - recon
-        return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code.detach())
+        matrix, selection = self.dictionary.matrix(), self.sparsity.selection()
+        fused = None if selection is None else self.encoder.fused_error(matrix, h, self.b_dec, selection)
+        if fused is not None:
+            return fused
+        code = self._code(matrix, h)
+        residual = h - (matrix.decode(code) + self.b_dec)
+        return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code)
 
     def reconstruct_with(self, h: Tensor, features: Tensor, k: int) -> Tensor:
-        """What the named features alone make of ``h``, ``k`` of them a sample and without ``b_dec``: for AuxK."""
+        """What the named features alone make of ``h``, ``k`` of them per sample and without ``b_dec``: for AuxK."""
         matrix = self.dictionary.matrix()
-        return matrix.subset(features).decode(self.encoder.code_among(features, matrix, h - self.b_dec, k))
+        code = self.encoder.code_among(features, matrix, h, self.b_dec, self.sparsity.among(k))
+        return matrix.subset(features).decode(code)
 
     @torch.no_grad()
-    def reset_features(self, features: Tensor, targets: Tensor) -> None:
-        """Re-aim features ``(f,)`` at ``targets (f, d_in)``, each restricted to its column's support."""
-        self.dictionary.point_at(features, targets)
+    def reset_features(self, features: Tensor, targets: Tensor, norm: float = 1.0) -> None:
+        """Re-aim features ``(f,)`` at ``targets (f, d_in)``, each restricted to its column's support.
+
+        ``norm`` is that of the raw values: see :meth:`~expander_sae.dictionary.Dictionary.point_at`.
+        """
+        self.dictionary.point_at(features, targets, norm)
         self.encoder.reset_features(features, self.dictionary.matrix())
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
         """Turn an SAE of ``factor · h`` into the SAE of ``h`` with the same supports and codes ``/ factor``.
 
-        Exact: TopK and ReLU commute with a positive factor, so only the biases (and nothing in ``W``) change.
+        Exact: the rules commute with a positive factor, so only biases and thresholds (and nothing in ``W``) change.
         """
         self.b_dec /= factor
         self.encoder.rescale_(factor)
+        self.sparsity.rescale_(factor)
 
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` holds beside the file hashes."""
+        """What ``config.json`` holds beside format, file hashes and its own hash (docs/formats.md)."""
+        certificate = {} if self.certificate is None else {"certificate": self.certificate}
         return {
             "d_in": self.d_in,
             "d_sae": self.d_sae,
-            "k": self.k,
             "dictionary": self.dictionary.config(),
             "encoder": self.encoder.config(),
+            "sparsity": self.sparsity.config(),
+            **certificate,
+            "signed": self.signed,
             "num_values": self.num_values,
             "num_bytes": self.num_bytes,
-        } | self.metadata
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``sae.safetensors`` into ``folder`` (made if needed), atomically."""
-        sae_folder.write(folder, self.config(), self._stored_tensors())
+            "metadata": self.metadata,
+        }
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, *, revision: str | None = None) -> Self:
-        """Load a folder or a Hub repository; hashes of files and mask are verified.
+    def from_config(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Rebuild from :meth:`config` and the stored tensors, in evaluation mode.
+
+        Raises:
+            ValueError: an entry or a tensor that is missing, not known, or does not fit; it is named.
+        """
+        whole = Section(config, "config")
+        whole.only(*_KEYS, "certificate")
+        d_in, d_sae = whole.integer("d_in"), whole.integer("d_sae")
+        b_dec = take_tensor(tensors, "b_dec", (d_in,))
+        dictionary = dictionary_from(whole.section("dictionary"), _named(tensors, ""), d_in, d_sae)
+        part = whole.section("encoder")
+        encoder = part.kind(ENCODERS).from_config(part, _named(tensors, "encoder."), dictionary)
+        part = whole.section("sparsity")
+        sparsity = part.kind(SPARSITIES).from_config(part, _named(tensors, "sparsity."), d_sae)
+        certificate = whole.mapping("certificate") if "certificate" in whole else None
+        sae = cls(dictionary, encoder, sparsity, whole.mapping("metadata"), certificate)
+        sae.b_dec = nn.Parameter(b_dec)
+        stored = sae._stored_tensors()
+        if extra := sorted(tensors.keys() - stored.keys()):
+            raise ValueError(f"the tensor {extra[0]!r} belongs to no part of this SAE")
+        return sae.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``sae.safetensors`` into a folder (made if needed), in one atomic change."""
+        folder.write(path, self.config(), self._stored_tensors())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load a folder or a Hub repository, in evaluation mode; hashes of files and mask are verified.
+
+        Args:
+            folder_or_hub_id: a local folder, or ``owner/name`` on the Hub.
+            revision: branch, tag or commit of a Hub repository.
+            subfolder: where the SAE lies inside it.
+            device, dtype: where to and what type to convert; default the CPU and as stored.
 
         Raises:
             SAEFolderError: missing, truncated or altered file, other format version, mask that does not match.
             HubError: no such folder, and the Hub has none of that name or is out of reach.
         """
-        folder = hub.local_folder(folder_or_hub_id, revision)
-        config, tensors = sae_folder.read(folder)
+        place = hub.local_folder(folder_or_hub_id, revision, subfolder)
+        config, tensors = folder.read(place)
         try:
-            dictionary = dictionary_from(config["dictionary"], tensors, config["d_in"])
-            encoder = encoder_from(config["encoder"], tensors, config["d_in"], config["d_sae"])
-            b_dec = sae_folder.check_shape(tensors["b_dec"], (config["d_in"],), "b_dec")
-        except KeyError as missing:
-            raise sae_folder.SAEFolderError(f"{folder} lacks {missing}") from None
+            sae = cls.from_config(config, tensors)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise sae_folder.SAEFolderError(f"{folder}: {error}") from None
-        for part in (dictionary, encoder.own):
-            if part is not None and (part.d_in, part.d_sae) != (config["d_in"], config["d_sae"]):
-                raise sae_folder.SAEFolderError(
-                    f"{folder}: the weights are {part.d_in} x {part.d_sae}, "
-                    f"the config says {config['d_in']} x {config['d_sae']}"
-                )
-        sae = cls(dictionary, encoder, {key: config[key] for key in METADATA_KEYS if key in config})
-        sae.b_dec = nn.Parameter(b_dec)
-        return sae
+            raise folder.SAEFolderError(f"{place}: {error}") from None
+        return sae.to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Publish with a model card; returns the repository's address. Raises :class:`~.hub.HubError`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.publish(folder, repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place)
+            return hub.publish(place, repo_id, private=private, token=token)
 
     def _stored_tensors(self) -> dict[str, Tensor]:
-        return self.dictionary.stored_tensors() | self.encoder.stored_tensors() | {"b_dec": self.b_dec.detach()}
+        named = {f"encoder.{name}": tensor for name, tensor in self.encoder.stored_tensors().items()}
+        named |= {f"sparsity.{name}": tensor for name, tensor in self.sparsity.stored_tensors().items()}
+        return self.dictionary.stored_tensors() | named | {"b_dec": self.b_dec.detach()}
 
-    def _check(self, h: Tensor) -> None:
+    def _code(self, matrix: Matrix, h: Tensor, check_finite: bool = False) -> SparseCode:
+        def score(selection: Selection) -> SparseCode:
+            return self.encoder(matrix, h, self.b_dec, selection, check_finite=check_finite)
+
+        return self.sparsity(score)
+
+    def _fitting(self, h: Tensor) -> Tensor:
+        """``h`` in the SAE's type."""
         if not h.is_floating_point():
             raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
         if h.dim() == 0 or h.shape[-1] != self.d_in:
             raise ValueError(
                 f"activations have shape {tuple(h.shape)}; this SAE reads vectors of width d_in = {self.d_in}"
             )
-        # One pass, no array of flags: a NaN or infinity survives the sum. The guard is left out of compiled graphs.
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(h.detach().sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(h).all(dim=-1)).sum())
-            if bad:  # none if only the sum overflows
-                vectors = h.shape[:-1].numel()
-                raise ValueError(f"{bad} of the {vectors} activation vectors hold NaN or infinity; leave them out")
+        if self.dtype == torch.float16 and h.dtype != torch.float16 and not torch.compiler.is_compiling():
+            largest = torch.finfo(torch.float16).max
+            bad = int(((h.detach().abs() > largest) & h.detach().isfinite()).any(dim=-1).sum())
+            if bad:
+                raise ValueError(
+                    f"{bad} of the {h.shape[:-1].numel()} activation vectors exceed {largest:.0f}, the largest "
+                    "float16: use the SAE in bfloat16 or float32, as in sae.float()"
+                )
+        return h.to(self.dtype)
 
 
-METADATA_KEYS = ("trained_on", "training", "metrics")
+def _linear_encoder(columns: Tensor, untied: bool) -> Encoder:
+    """Tied, or untied and starting at ``columns``; a copy, because they may be the dictionary's own memory."""
+    return UntiedEncoder(columns.detach().clone()) if untied else TiedEncoder(columns.shape[0])
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part, without its prefix; the dictionary's have none."""
+    if prefix:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in tensors.items() if "." not in name}

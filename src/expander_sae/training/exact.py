@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expander_sae import ops
 from expander_sae.data.sources import ActivationSource
-from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, unit_rows
+from expander_sae.dictionary import unit_rows
 from expander_sae.ops import SparseCode
 from expander_sae.ops.reference import accumulate_dtype
 from expander_sae.sae import SAE
@@ -72,7 +72,6 @@ def refit_dictionary(
     Raises:
         ValueError: wrong width, sizes out of range, a ``ridge`` that is not positive or too small for the
             arithmetic, or activations that are not finite.
-        TypeError: a dictionary of no known kind.
     """
     if source.d_in != sae.d_in:
         raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
@@ -144,7 +143,7 @@ def _batches(
 def _install(sae: SAE, change: Tensor) -> Tensor:
     """Add ``change`` to the columns, back to unit norm if the dictionary has it; returns the scales."""
     dictionary = sae.dictionary
-    old = unit_rows(dictionary.parameter) if dictionary.unit_norm else dictionary.parameter
+    old = unit_rows(dictionary.values) if dictionary.unit_norm else dictionary.values
     new = old + change.to(old.dtype)
     scales = torch.ones_like(new[:, 0])
     if dictionary.unit_norm:
@@ -152,7 +151,7 @@ def _install(sae: SAE, change: Tensor) -> Tensor:
         usable = norms > torch.finfo(norms.dtype).tiny ** 0.5
         scales = torch.where(usable, norms, 1.0)
         new = torch.where(usable.unsqueeze(1), new / scales.unsqueeze(1), old)
-    dictionary.parameter.copy_(new)
+    dictionary.values.copy_(new)
     return scales
 
 
@@ -167,12 +166,12 @@ class _Systems:
         dictionary = sae.dictionary
         device, dtype = sae.b_dec.device, accumulate_dtype(sae.dtype)
         self.d_sae = sae.d_sae
-        if isinstance(dictionary, ExpanderDictionary):
-            self.rows, self.groups, self.dense = dictionary.rows.long(), sae.d_in, False
-        elif isinstance(dictionary, DenseDictionary):
-            self.rows, self.groups, self.dense = torch.zeros(sae.d_sae, 1, dtype=torch.int64, device=device), 1, True
+        support = dictionary.matrix().support
+        self.dense = support is None
+        if support is None:
+            self.rows, self.groups = torch.zeros(sae.d_sae, 1, dtype=torch.int64, device=device), 1
         else:
-            raise TypeError(f"the exact update knows expander and dense dictionaries, got {type(dictionary).__name__}")
+            self.rows, self.groups = support.long(), sae.d_in
         flat = self.rows.flatten()
         self.sizes = torch.bincount(flat, minlength=self.groups)  # D_i
         self.entries = flat.argsort(stable=True)  # entry j·d + t, group by group

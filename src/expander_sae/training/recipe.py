@@ -4,68 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from expander_sae.mask import Mask
-from expander_sae.sae import SAE
-from expander_sae.sae.encoder import PURSUITS, check_pursuit
+from expander_sae.sae import ENCODERS, SAEConfig
 from expander_sae.training.trainer import TrainConfig
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """Which SAE to build."""
-
-    dictionary: Literal["expander", "dense"] = "expander"
-    """``expander`` (columns on a mask) or ``dense``."""
-    d_sae: int = 4096
-    """Features."""
-    k: int = 64
-    """Active features a sample."""
-    degree: int = 7
-    """Rows each column of an expander uses."""
-    mask: Literal["left-regular", "balanced"] = "left-regular"
-    """How the mask is drawn."""
-    encoder: str = "tied"
-    """``tied`` (reads with the decoder's values), ``untied`` (with its own), the name of a pursuit, such as ``omp``, or
-    ``mp-unrolled`` (matching pursuit with gradients through it)."""
-    encoder_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the pursuit, such as ``{block: 8, disjoint: true}``."""
-    relu: bool = False
-    """Clip the selected values at 0."""
-    seed: int = 0
-    """Draws the mask and the initial values; also :attr:`TrainConfig.seed`."""
-
-    def __post_init__(self) -> None:
-        if self.encoder in ("tied", "untied"):
-            if self.encoder_options:
-                raise ValueError(f"the {self.encoder} encoder has no options, got {self.encoder_options}")
-        elif self.encoder in PURSUITS:
-            check_pursuit(self.encoder, self.encoder_options)
-        else:
-            raise ValueError(
-                f"encoder must be 'tied', 'untied' or a pursuit ({', '.join(PURSUITS)}), got {self.encoder!r}"
-            )
-
-    def build(self, d_in: int) -> SAE:
-        """The untrained SAE. Raises ``ValueError`` for sizes that do not fit."""
-        untied = self.encoder == "untied"
-        if self.dictionary == "dense":
-            sae = SAE.dense(d_in, self.d_sae, k=self.k, untied=untied, relu=self.relu, seed=self.seed)
-        else:
-            mask = Mask.build(self.mask, d_in=d_in, d_sae=self.d_sae, degree=self.degree, seed=self.seed)
-            sae = SAE.expander(mask, self.k, untied=untied, relu=self.relu, seed=self.seed)
-        return sae if self.encoder in ("tied", "untied") else sae.with_encoder(self.encoder, **self.encoder_options)
-
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults are the paper's
     "modern": {
-        "relu": True,
+        "sparsity_options": {"relu": True},
         "b_dec_init": "mean",
         "scale_activations": True,
         "resample_every": 0,
@@ -120,11 +71,23 @@ def resolve(*layers: Mapping[str, Any], default_preset: str = "modern") -> Recip
     unknown = sorted(map(repr, merged.keys() - FIELDS.keys()))
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(FIELDS))}")
-    values = PRESETS[preset] | {name: _fit(name, value) for name, value in merged.items()}
+    given = {name: _fit(name, value) for name, value in merged.items()}
+    values = _preset(preset, given) | given
     sections = [
         section(**{f.name: values[f.name] for f in fields(section) if f.name in values}) for section in _SECTIONS
     ]
     return Recipe(preset, *sections)  # type: ignore[arg-type]
+
+
+def _preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's values, without those that what was ``given`` has no use for."""
+    values, dropped = PRESETS[name], set()
+    encoder = given.get("encoder", "tied")
+    if encoder in ENCODERS and not ENCODERS[encoder].ranks_features:
+        dropped = {"aux_k", "sparsity_options"}
+    elif given.get("sparsity", "topk") != values.get("sparsity", "topk"):
+        dropped = {"sparsity_options"}
+    return {key: value for key, value in values.items() if key not in dropped}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from expander_sae.data.sources import ActivationSource
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
-from expander_sae.sae.encoder import PursuitEncoder
 from expander_sae.training.checkpoint import CHECKPOINT_NAME, Checkpoint
 from expander_sae.training.log import LOG_NAME, TrainingLog
 
@@ -130,13 +129,18 @@ def train(
     """
     if source.d_in != sae.d_in:
         raise ValueError(f"the activations have width {source.d_in}, the SAE reads d_in = {sae.d_in}")
-    if config.aux_k and isinstance(sae.encoder, PursuitEncoder):
+    if config.aux_k and not sae.encoder.ranks_features:
         raise ValueError(
             "AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead"
         )
     loop = _Loop(sae, source, config)
-    described = sae.config() | {"dtype": str(sae.dtype), "metrics": None, "training": None}
-    identity = {"sae": described, "train": asdict(config), "rows": len(source)}
+    described = sae.config() | {"dtype": str(sae.dtype), "metadata": None}
+    identity = {
+        "sae": described,
+        "train": asdict(config),
+        "rows": len(source),
+        "trained_on": sae.metadata.get("trained_on"),
+    }
     checkpoint = None if out is None else Checkpoint(Path(out) / CHECKPOINT_NAME, identity)
     if checkpoint is not None and restart:
         checkpoint.path.unlink(missing_ok=True)
@@ -214,6 +218,8 @@ class _Loop:
             group["lr"] = config.lr_at(step)
         error, residual, code = sae.squared_error(h)
         loss = error + self._auxiliary(h, residual) if config.aux_k else error
+        penalty = sae.sparsity.penalty(code)
+        loss = loss if penalty is None else loss + penalty
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
@@ -221,6 +227,7 @@ class _Loop:
 
         self.losses.append(error.detach())
         self._count(code)
+        sae.sparsity.after_step(code)
         if config.resample_every and (step + 1) % config.resample_every == 0 and step + 1 < config.steps:
             self._resample(residual, step)
 

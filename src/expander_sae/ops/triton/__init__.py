@@ -4,7 +4,7 @@ Tested under ``TRITON_INTERPRET=1`` on CPU tensors and compiled for sm_90; **not
 of tiles come from counted bytes, and ``benchmarks/gpu_check.py`` is the first thing to run where there is a GPU.
 
 Results are the same bits run after run: no sum depends on the order in which programs finish. float64, empty tensors
-and ``k`` above 1024 in ``encode_topk`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct
+and ``k`` above 1024 in ``encode`` take the reference. Entries of ``rows`` must lie in ``[0, m)`` and be distinct
 within a feature (what :class:`expander_sae.mask.Mask` guarantees), and ``indices`` in ``[0, n)``: to check them here
 would make the processor wait for the GPU at every call.
 """
@@ -12,18 +12,17 @@ would make the processor wait for the GPU at every call.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 
 import torch
 from torch import Tensor
 
-from expander_sae.ops import reference
+from expander_sae.ops import arguments, reference
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_INDEX = 2**31 - 1
-_MAX_K = (
-    1024  # longer lists are sorted whole by one program in encode_topk: past this the reference is the better choice
-)
+_MAX_K = 1024  # longer lists are sorted whole by one program: past this the reference is the better choice
 _OLDEST_CAPABILITY = (7, 0)
 
 
@@ -67,14 +66,22 @@ def correlate(h: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         return scores.correlate(h.detach(), rows.contiguous(), values.detach().contiguous())
 
 
-def encode_topk(
-    h: Tensor, rows: Tensor, values: Tensor, b_enc: Tensor | None, k: int, relu: bool = False, magnitude: bool = False
+def encode(
+    h: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    center: Tensor | None = None,
+    magnitude: bool = False,
+    threshold: float = -math.inf,
+    check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest entries of ``Wᵀh + b_enc`` a sample, largest first, ties to the lower index, NaN before all.
+    """What :func:`expander_sae.ops.reference.encode` defines.
 
     Never holds ``(B, n)``: extra memory is a transposed copy of ``h``, one of the dictionary, and at most about
-    ``150·k`` bytes a sample; see :mod:`expander_sae.ops.triton.encode` for how. ``magnitude`` ranks by ``|z|`` and
-    returns signed ``z``; ``relu`` clips the chosen values at 0.
+    ``150·k`` bytes per sample; see :mod:`expander_sae.ops.triton.topk` for how.
 
     Returns:
         indices int32 ``(B, k)`` and values ``(B, k)`` in the type of ``h``.
@@ -90,14 +97,20 @@ def encode_topk(
     if b_enc is not None and b_enc.shape != (n,):
         raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
     if h.dtype == torch.float64 or not (k and h.numel() and rows.numel()) or k > _MAX_K:
-        return reference.encode_topk(h, rows, values, b_enc, k, relu, magnitude)
-    from expander_sae.ops.triton import encode
+        options = {"center": center, "magnitude": magnitude, "threshold": threshold, "check_finite": check_finite}
+        return reference.encode(h, rows, values, b_enc, k, **options)
+    from expander_sae.ops.triton import topk
 
+    if check_finite:
+        arguments.finite(h)
     bias = None if b_enc is None else b_enc.detach().contiguous()
+    read = h.detach() if center is None else h.detach() - center.detach().to(h.dtype)
     with _on(h):
-        return encode.encode_topk(
-            h.detach(), rows.contiguous(), values.detach().contiguous(), bias, k, bool(relu), bool(magnitude)
-        )
+        indices, code = topk.encode_topk(read, rows.contiguous(), values.detach().contiguous(), bias, k, magnitude)
+    if threshold > -math.inf:
+        empty = (code.abs() if magnitude else code) <= threshold
+        indices, code = indices.masked_fill(empty, 0), code.masked_fill(empty, 0.0)
+    return indices, code
 
 
 def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
@@ -154,7 +167,7 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
         return active.values_grad(h.detach(), indices.contiguous(), coef.detach().contiguous(), rows.contiguous())
 
 
-def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
     """``(B, k, k)``: ``⟨w_i, w_j⟩`` over each sample's support, in the type of ``values``. Work ``k²·d²`` a sample.
 
     Raises:
@@ -163,7 +176,7 @@ def gram(indices: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """
     _check(values, rows, values=values, indices=indices, same_batch=False)
     if values.dtype == torch.float64 or not (indices.numel() and rows.numel()):
-        return reference.gram(indices, rows, values)
+        return reference.gram(indices, rows, values, m)
     from expander_sae.ops.triton import active
 
     with _on(values):
