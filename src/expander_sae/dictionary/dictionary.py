@@ -101,14 +101,14 @@ class Dictionary(nn.Module):
         With ``unit_norm`` the norm of the values does not show in the columns, but a smaller one makes the optimiser's
         steps turn them faster. A target that vanishes on a column's support leaves that column alone.
         """
-        new = self._restrict(features, targets.to(self.values.dtype))
+        new = self.restrict(features, targets.to(self.values.dtype))
         norms = new.norm(dim=1, keepdim=True)
         unit = new / norms.clamp_min(SMALLEST_NORM)
         pointed = unit if norm == 1.0 else unit * norm
         self.values[features] = torch.where(norms > SMALLEST_NORM, pointed, self.values[features])
 
-    def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
-        """``targets (f, m)`` as values of the features."""
+    def restrict(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Dense columns ``targets (f, m)`` as values of ``features``: what of them lies on their supports."""
         raise NotImplementedError
 
 
@@ -230,7 +230,7 @@ class ExpanderDictionary(Dictionary):
             )
         return cls(mask, values, unit_norm=unit_norm)
 
-    def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
+    def restrict(self, features: Tensor, targets: Tensor) -> Tensor:
         return targets.gather(1, self.rows[features].long())
 
     def extra_repr(self) -> str:
@@ -263,7 +263,7 @@ class DenseDictionary(Dictionary):
         unit_norm = _common(section)
         return cls(take_tensor(tensors, "values", (d_sae, d_in)), unit_norm=unit_norm)
 
-    def _restrict(self, features: Tensor, targets: Tensor) -> Tensor:
+    def restrict(self, features: Tensor, targets: Tensor) -> Tensor:
         return targets
 
     def extra_repr(self) -> str:

@@ -16,10 +16,11 @@ from expander_sae.pursuit.convex import fista, ista
 from expander_sae.pursuit.least_squares import refit
 from expander_sae.pursuit.matching import gradient_pursuit, matching_pursuit
 from expander_sae.pursuit.omp import ols, omp
-from expander_sae.pursuit.registry import SOLVERS, Solver, check_options, options_of, solver
+from expander_sae.pursuit.registry import COMBINATORIAL, SOLVERS, Solver, check_options, options_of, solver
 from expander_sae.pursuit.thresholding import cosamp, htp, iht, niht, subspace_pursuit
 
 __all__ = [
+    "COMBINATORIAL",
     "SOLVERS",
     "PursuitCode",
     "Solver",

@@ -7,6 +7,7 @@ and no square can overflow. 16-bit inputs are solved in float32; float64 stays f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -163,7 +164,7 @@ def run(
         TypeError: ``h`` is not floating point, or the dictionary is of no known kind.
         ValueError: wrong width, ``k`` outside ``[1, d_sae]``, or entries that are not finite.
     """
-    matrix = as_matrix(dictionary)
+    matrix, h, k = as_matrix(dictionary), torch.as_tensor(h), operator.index(k)
     check(h, matrix, k, b_dec)
     with torch.no_grad():
         wide = accumulate_dtype(torch.promote_types(h.dtype, matrix.dtype))

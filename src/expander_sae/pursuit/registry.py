@@ -43,6 +43,9 @@ for _name, _solver in (
 ):
     SOLVERS.add(_name, _solver)
 
+COMBINATORIAL = ("parallel-l0", "serial-l0", "robust-l0", "smp", "ssmp", "expander-recovery", "lddsr")
+"""Decoders of exactly sparse data on sparse columns: they refuse dense ones, and cannot decode activations."""
+
 _NOT_OPTIONS = ("h", "dictionary", "k", "b_dec")
 
 

@@ -87,6 +87,8 @@ def refit_dictionary(
         code = sae.encode(h)
         systems.add(code, h - sae.decode(code))
     change, bias = systems.solve(ridge)
+    if systems.dense:
+        change = sae.dictionary.restrict(torch.arange(sae.d_sae, device=change.device), change)
     scales = _install(sae, change)
     sae.b_dec += bias.to(sae.dtype)
     return DictionaryUpdate(scales, systems.fires, systems.count)
