@@ -1,4 +1,4 @@
-"""What users hand to a solver: numbers and arrays of NumPy, an SAE, tensors under inference mode and functional calls."""
+"""What users hand to a solver: numbers and arrays of NumPy, an SAE, tensors in inference mode and functional calls."""
 
 from __future__ import annotations
 
