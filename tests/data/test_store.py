@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from expander_sae import files
 from expander_sae.data import (
     ActivationStore,
     Manifest,
@@ -30,6 +37,7 @@ from expander_sae.data import (
     TensorSource,
     planned_bytes,
 )
+from expander_sae.data import store as store_module
 from expander_sae.data import writer as writer_module
 
 META = StoreMeta(
@@ -84,8 +92,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
+    """Forge a manifest: its hash of itself is made to agree."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    data = json.loads(path.read_text()) | changes
+    del data["sha256"]
+    own_hash = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(data | {"sha256": own_hash}))
 
 
 @pytest.fixture
@@ -235,7 +247,7 @@ def test_resume_after_a_kill(folder: Path, tmp_path: Path, where: str, rows: int
         ActivationStore.open(killed)
     whole = ActivationStore.open(killed, verify="sha256", allow_incomplete=True)
     assert torch.equal(whole.rows(slice(None)), everything()[:rows].bfloat16())
-    listed = {"manifest.json", *(shard.file for shard in whole.manifest.shards)}
+    listed = {"manifest.json", ".lock", *(shard.file for shard in whole.manifest.shards)}
     unlisted = sorted(set(os.listdir(killed)) - listed)
     assert [name.startswith(prefix) for name, prefix in zip(unlisted, leftovers, strict=True)] == [
         True for _ in leftovers
@@ -395,11 +407,165 @@ def test_a_damaged_shard_is_named(folder: Path, kind: str) -> None:
     assert "harvest again" in str(caught.value)
 
 
-def test_a_flipped_byte_is_found_by_sha256(folder: Path) -> None:
+def test_a_flipped_byte_is_found_before_a_row_is_read(folder: Path) -> None:
     _flip(folder, -1)
-    ActivationStore.open(folder)  # the cheap check does not read the rows
     with pytest.raises(StoreError, match=rf"{SHARD} was altered"):
         ActivationStore.open(folder, verify="sha256")
+    store = ActivationStore.open(folder)  # does not read the rows
+    assert torch.equal(store.rows(slice(0, 21)), everything()[:21].bfloat16())  # another shard
+    for read in (store.rows, store.tokens, store.positions):
+        for _ in range(2):
+            with pytest.raises(StoreError, match=rf"{SHARD} was altered"):
+                read([0, 21])
+    with pytest.raises(StoreError, match=rf"{SHARD} was altered"):
+        take(store, 5, 16, 0)
+    with pytest.raises(StoreError, match=rf"{SHARD} was altered"):
+        store.sample(70, 0)
+
+
+def settle_clock() -> None:
+    time.sleep(0.07)  # files changed just now are not remembered
+
+
+def test_each_shard_is_hashed_once_for_all_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    sha256_file = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: (hashed.append(path.name), sha256_file(path))[1])
+    settle_clock()
+    for _ in range(2):  # a second store knows nothing of the first but the record on disk
+        assert torch.equal(ActivationStore.open(folder).rows(slice(None)), everything().bfloat16())
+    assert sorted(hashed) == [f"shard-{i:05d}.safetensors" for i in range(4)]
+    hashed.clear()
+    _flip(folder, -1)
+    _flip(folder, -1)  # whole again, but another identity
+    settle_clock()
+    for _ in range(2):
+        ActivationStore.open(folder).rows(slice(None))
+    assert hashed == [SHARD]
+
+
+def test_a_damaged_record_of_hashes_accuses_no_shard(folder: Path) -> None:
+    settle_clock()
+    ActivationStore.open(folder).rows(slice(None))
+    for record in (files.cache_dir() / "hashes").iterdir():
+        text = record.read_text()
+        for shard in Manifest.read(folder).shards:
+            text = text.replace(shard.sha256, "0" * 64)
+        record.write_text(text)
+    ActivationStore.open(folder).rows(slice(None))
+
+
+def test_threads_hash_ahead_of_the_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    all_hashed = threading.Event()
+
+    def known_sha256(path: Path) -> str:
+        hashed.append(path.name)
+        if len(hashed) == 4:
+            all_hashed.set()
+        return files.sha256_file(path)
+
+    monkeypatch.setattr(store_module, "known_sha256", known_sha256)
+    store = ActivationStore.open(folder)
+    assert not hashed  # who only looks at the manifest pays nothing
+    store.rows([0])
+    assert all_hashed.wait(30)
+    store.rows(slice(None))
+    assert sorted(hashed) == [f"shard-{i:05d}.safetensors" for i in range(4)]
+
+
+def test_ctrl_c_while_hashing_leaves_the_shard_to_the_next_reader(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+
+    def interrupted(path: Path) -> str:
+        if threading.current_thread() is threading.main_thread() and next(calls) == 0:
+            raise KeyboardInterrupt
+        return files.sha256_file(path)
+
+    monkeypatch.setattr(store_module, "known_sha256", interrupted)
+    monkeypatch.setattr(store_module, "_HASHING_THREADS", 0)
+    store = ActivationStore.open(folder)
+    with pytest.raises(KeyboardInterrupt):
+        store.rows([0])
+    assert torch.equal(store.rows(slice(None)), everything().bfloat16())
+
+
+def test_a_shard_replaced_under_an_open_store(folder: Path) -> None:
+    store = ActivationStore.open(folder)
+    shutil.copy(folder / SHARD, folder / "copy")
+    os.replace(folder / "copy", folder / SHARD)
+    with pytest.raises(StoreError, match=rf"{SHARD} was replaced since"):
+        store.rows(slice(None))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_checks_for_itself(folder: Path) -> None:
+    store = ActivationStore.open(folder)
+    store.rows([0])
+    store._verdicts._ahead.clear()  # as if the parent's threads had taken the rest and not finished
+    store._verdicts._verdicts = [type(v)() for v in store._verdicts._verdicts]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if len(store.rows(slice(None))) == 70 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# --- other processes, other places ------------------------------------------------------------------------
+
+
+def test_a_pickled_store_is_a_path(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(folder.parent)
+    store = ActivationStore.open(folder.name)
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 4000
+    monkeypatch.chdir(tmp_path.parent)
+    for other in (pickle.loads(pickled), copy.deepcopy(store)):
+        assert torch.equal(other.rows(slice(None)), everything().bfloat16())
+    shutil.rmtree(folder)
+    harvest(folder, shard_rows=30)
+    with pytest.raises(StoreError, match="another store than the one that was pickled"):
+        pickle.loads(pickled)
+
+
+def test_workers_of_a_data_loader_read_the_store(folder: Path) -> None:
+    class Rows(torch.utils.data.Dataset[torch.Tensor]):
+        store = ActivationStore.open(folder)
+
+        def __len__(self) -> int:
+            return len(self.store)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.store.rows([index])[0]
+
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=10, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), everything().bfloat16())
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    harvest(Path("~/store"))
+    assert (tmp_path / "store" / "manifest.json").is_file()
+    assert len(ActivationStore.open("~/store")) == Manifest.read("~/store").num_rows == 70
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no locks there")
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, META, expected_rows=70, shard_rows=1) as writer:
+        writer.append(*window(0), cursor=1)
+        before = contents(tmp_path)
+        with pytest.raises(files.FolderInUse, match=rf"an activation store is written by process {os.getpid()} on"):
+            StoreWriter(tmp_path, META, expected_rows=70)
+        assert contents(tmp_path) == before
+        with pytest.raises(StoreError, match="is unfinished"):
+            ActivationStore.open(tmp_path)  # readers need no lock
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-00000.safetensors"]
+    for error, message in ((StoreError, "finished"), (StoreError, "finished")):  # a failed start unlocks
+        with pytest.raises(error, match=message):
+            StoreWriter(tmp_path, META, expected_rows=70)
 
 
 def test_unknown_verify_is_refused(folder: Path) -> None:
@@ -429,6 +595,7 @@ def test_a_manifest_that_is_no_manifest(folder: Path, text: str) -> None:
 
 def test_a_manifest_with_pieces_missing_or_changed(folder: Path) -> None:
     whole = json.loads((folder / "manifest.json").read_text())
+    del whole["sha256"]  # as first written: a manifest with its hash would be found by that
     broken = [
         {key: value for key, value in whole.items() if key != "cursor"},
         whole | {"meta": {"model": "toy"}},
@@ -437,11 +604,92 @@ def test_a_manifest_with_pieces_missing_or_changed(folder: Path) -> None:
         whole | {"shards": whole["shards"][:-1]},
         whole | {"shards": whole["shards"][::-1]},
         whole | {"num_rows": 71},
+        whole | {"left_out_by_norm": -1},
+        whole | {"complete": 1},
+        whole | {"sha255": "0" * 64},  # one bit off
+        whole | {"meta": whole["meta"] | {"d_in": "6"}},
+        whole | {"meta": whole["meta"] | {"dtype": ["bfloat16"]}},
+        whole | {"meta": whole["meta"] | {"skip_positions": [0.5]}},
+        whole | {"meta": whole["meta"] | {"hoop": "residual"}},
+        whole | {"meta": []},
+        whole | {"shards": [*whole["shards"][:-1], whole["shards"][-1] | {"rows": True}]},
+        whole | {"shards": [*whole["shards"][:-1], whole["shards"][-1] | {"sha256": "x"}]},
+        whole | {"shards": [*whole["shards"][:-1], {"file": SHARD}]},
     ]
     for manifest in broken:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
             ActivationStore.open(folder)
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    assert len(ActivationStore.open(folder)) == 70  # the old form
+
+
+def error_or(read: Callable[[], Any]) -> Any:
+    """What was read, or the message of the ``StoreError``; any other error is none of ours."""
+    try:
+        return read()
+    except StoreError as error:
+        return str(error)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(folder: Path) -> None:
+    path = folder / "manifest.json"
+    whole, manifest = path.read_bytes(), Manifest.read(folder)
+    for place in range(0, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        result = error_or(lambda: Manifest.read(folder))
+        assert result == manifest or "manifest.json" in result  # the same: white space
+    for text in ("[" * 100_000, '{"version": 1, "meta": ' * 2000, '{"version": NaN}', '{"version": true}'):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=r"manifest\.json"):
+            Manifest.read(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreError, match=r"manifest\.json is a folder"):
+        Manifest.read(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300)
+@given(place=st.integers(0), value=JSON, remove=st.booleans())
+def test_forged_manifests_end_in_a_store_error(
+    place: int, value: Any, remove: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any one value replaced or removed, the manifest's own hash made to agree."""
+    folder = tmp_path_factory.getbasetemp() / "forged"
+    if not folder.exists():
+        harvest(folder)
+        shutil.copy(folder / "manifest.json", folder / "whole")
+    shutil.copy(folder / "whole", folder / "manifest.json")
+    data = json.loads((folder / "whole").read_text())
+    places: list[tuple[Any, Any]] = []
+
+    def collect(inner: Any) -> None:
+        for key in inner if isinstance(inner, dict) else range(len(inner)):
+            places.append((inner, key))
+            if isinstance(inner[key], (dict, list)):
+                collect(inner[key])
+
+    collect(data)
+    container, key = places[place % len(places)]
+    if remove:
+        del container[key]
+    else:
+        container[key] = value
+    path = folder / "manifest.json"
+    data.pop("sha256", None)
+    own_hash = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(data | {"sha256": own_hash}))
+    result = error_or(lambda: ActivationStore.open(folder, allow_incomplete=True).rows(slice(None)).shape)
+    assert result == (70, 6) or str(folder) in result
 
 
 @pytest.mark.parametrize("change", [{"model": "another"}, {"d_in": 7}, {"dtype": "float16"}])
