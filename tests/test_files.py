@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -306,6 +307,22 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_lock_on_a_file_that_its_last_owner_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    flock, calls = fcntl.flock, itertools.count()
+
+    def removed_meanwhile(descriptor: int, how: int) -> None:
+        if next(calls) == 0:
+            (tmp_path / files.LOCK_NAME).unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", removed_meanwhile)
+    with files.folder_lock(tmp_path, "first"), pytest.raises(files.FolderInUse, match="first by"):
+        files.folder_lock(tmp_path, "second")
+
+
+@posix
 def test_an_owner_that_has_not_written_yet_and_a_disk_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,12 +380,20 @@ def test_a_hash_is_read_once_for_each_identity(tmp_path: Path, reads: list[str])
         files.known_sha256(other)
 
 
-def test_a_file_changed_just_now_is_not_remembered(tmp_path: Path, reads: list[str]) -> None:
+def test_a_file_changed_just_now_is_not_remembered(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "weights"
-    for content in (b"one", b"two"):  # within a tick of a coarse clock, and of the same size
-        path.write_bytes(content)
-        assert files.known_sha256(path) == hashlib.sha256(content).hexdigest()
+    path.write_bytes(b"one")
+    changed = path.stat().st_mtime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: changed + 10_000_000)  # a coarse clock gives a change now this time
+    for _ in range(2):
+        assert files.known_sha256(path) == hashlib.sha256(b"one").hexdigest()
     assert len(reads) == 2
+    monkeypatch.setattr(time, "time_ns", lambda: changed + 100_000_000)
+    for _ in range(2):
+        assert files.known_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(reads) == 3
 
 
 def test_damaged_records_cost_a_reading_only(tmp_path: Path, reads: list[str]) -> None:

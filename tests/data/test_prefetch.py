@@ -80,10 +80,12 @@ def test_closing_ends_the_thread_and_closes_the_iterator() -> None:
         finally:
             ended.set()
 
-    ahead = prefetch(items())
+    numbers = items()
+    ahead = prefetch(numbers)
     assert next(ahead) == 0
     ahead.close()
     assert ended.is_set()
+    assert list(numbers) == []
     assert reading_threads() == 0
     ahead = prefetch(items())
     next(ahead)

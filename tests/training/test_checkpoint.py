@@ -161,6 +161,14 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
             Checkpoint(path, IDENTITY).load()
 
 
+def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "state", IDENTITY).save(state())
+    with open(tmp_path / "state", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=r"state cannot be read \(it has \d+ bytes, its header says"):
+        Checkpoint(tmp_path / "state", IDENTITY).load()
+
+
 def json_of(content: bytes | bytearray) -> Any:
     try:
         return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
