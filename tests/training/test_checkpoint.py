@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +126,144 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weights": torch.zeros(2)}, tmp_path / "state")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"state cannot be read .*no checkpoint of a training run"):
         Checkpoint(tmp_path / "state", IDENTITY).load()
+
+
+def test_peek_needs_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, numbers = state()
+    Checkpoint(tmp_path / "state", IDENTITY).save((tensors, numbers))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = Checkpoint.peek("~/state")
+    assert (saved.identity, saved.numbers) == (IDENTITY, numbers)
+    assert all(torch.equal(saved.tensors[name], tensors[name]) for name in tensors)
+    before = (tmp_path / "state").read_bytes()
+    saved.tensors["weights"].zero_()  # its own copy
+    assert (tmp_path / "state").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*nowhere"):
+        Checkpoint.peek(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} cannot be read"):
+        Checkpoint.peek(tmp_path)
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    Checkpoint(path, IDENTITY).save(state())
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        if place < header and json_of(damaged) == json_of(content):
+            continue  # white space that pads the header
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state cannot be read .*; delete it to start afresh"):
+            Checkpoint(path, IDENTITY).load()
+
+
+def test_bytes_after_the_last_tensor(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "state", IDENTITY).save(state())
+    with open(tmp_path / "state", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=r"state cannot be read \(it has \d+ bytes, its header says"):
+        Checkpoint(tmp_path / "state", IDENTITY).load()
+
+
+def json_of(content: bytes | bytearray) -> Any:
+    try:
+        return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except ValueError:
+        return content
+
+
+def with_header(header: Any) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    metadata = {"format": "2", "identity": "{}", "numbers": "{}", "sha256": "0"}
+    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    return {"__metadata__": metadata, "weights": tensor} | changes
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 64,
+        with_header(b"[" * 100_000),
+        with_header(b"\xff"),
+        with_header([]),
+        with_header(entry(__metadata__=[])),
+        with_header(entry(__metadata__={"format": 2})),
+        with_header(entry(__metadata__={"identity": "{}", "numbers": "{}"})),
+        with_header(entry(weights=None)),
+        with_header(entry(weights={"dtype": "F32", "shape": [4]})),
+        with_header(entry(weights={"dtype": "F32", "shape": [4], "data_offsets": [0, "16"]})),
+        with_header(entry(weights={"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]})),
+        with_header(entry(weights={"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]})),
+        with_header(entry(weights={"dtype": "F32", "shape": [True], "data_offsets": [0, 4]})),
+        with_header(entry(weights={"dtype": "F32", "shape": 4, "data_offsets": [0, 16]})),
+        with_header(entry(weights={"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]})),
+        with_header(entry(weights={"dtype": "Q4", "shape": [4], "data_offsets": [0, 16]})),
+        with_header(entry(other={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]})),
+        with_header(entry()),
+    ],
+)
+def test_forged_headers_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state cannot be read .*; delete it to start afresh"):
+        Checkpoint.peek(tmp_path / "state")
+
+
+@pytest.mark.parametrize("key", ["identity", "numbers"])
+@pytest.mark.parametrize("value", ["[]", "null", "x", ""])
+def test_forged_json_is_refused_by_name(key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash is made to agree."""
+    digest = checkpoint_module._digest
+
+    def forge(tensors: Any, header: dict[str, str]) -> str:
+        header[key] = value
+        return digest(tensors, header)
+
+    monkeypatch.setattr(checkpoint_module, "_digest", forge)
+    Checkpoint(tmp_path / "state", IDENTITY).save(state())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"state cannot be read .*; delete it to start afresh"):
+        Checkpoint.peek(tmp_path / "state")
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from expander_sae.training.checkpoint import Checkpoint
+checkpoint, number = Checkpoint(Path(sys.argv[1]), {}), 0
+while Path(sys.argv[2]).exists():
+    number += 1
+    tensors = {f"w{i}": torch.full((97 + i,), float(number)) for i in range(number % 5 + 1)}
+    checkpoint.save((tensors, {"number": number}))
+"""
+
+
+def test_a_reader_never_sees_two_checkpoints_in_one(tmp_path: Path) -> None:
+    path, running = tmp_path / "state", tmp_path / "running"
+    Checkpoint(path, {}).save(({"w0": torch.zeros(97)}, {"number": 0}))
+    running.touch()
+    source = str(Path(checkpoint_module.__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": source + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(running)], env=environment)
+    try:
+        seen, deadline = set(), time.monotonic() + 60
+        while len(seen) < 300 and time.monotonic() < deadline:
+            saved = Checkpoint.peek(path)
+            number = saved.numbers["number"]
+            assert all((tensor == number).all() for tensor in saved.tensors.values())
+            seen.add(number)
+    finally:
+        running.unlink()
+        assert writer.wait(60) == 0
+    assert len(seen) > 20
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), KeyboardInterrupt()])

@@ -20,7 +20,7 @@ from torch import Tensor
 from expander_sae.data.sources import ActivationSource, RowIndex, TensorSource
 from expander_sae.mask import Mask
 from expander_sae.sae import SAE
-from expander_sae.training import checkpoint as checkpoint_module
+from expander_sae.training.checkpoint import Checkpoint
 from expander_sae.training.trainer import TrainConfig, TrainingDiverged, _Loop, train
 
 M, N, D, K, ROWS = 12, 24, 4, 3, 500
@@ -433,10 +433,9 @@ def test_nan_stops_with_step_tail_and_checkpoint(at: int, tmp_path: Path) -> Non
     kept = tmp_path / "checkpoint.safetensors"
     assert (str(kept) in message) == kept.exists() == (at > 11)
     if kept.exists():
-        tensors = checkpoint_module.safe_open(kept, framework="pt")
-        with tensors as file:
-            assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
-            assert json.loads(file.metadata()["numbers"])["step"] <= at
+        saved = Checkpoint.peek(kept)
+        assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
+        assert saved.numbers["step"] <= at
 
 
 @pytest.mark.parametrize("at", [9, 20, 29])
@@ -458,8 +457,8 @@ def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(
         train(sae, TensorSource(activations()), replace(QUICK, checkpoint_every=1), tmp_path if folder else None)
     assert len(steps) <= at + (2 if folder else QUICK.log_every)
     if folder:
-        with checkpoint_module.safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
-            assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
+        saved = Checkpoint.peek(tmp_path / "checkpoint.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
         assert not (tmp_path / "sae.safetensors").exists()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from expander_sae.data.manifest import MANIFEST, Manifest, StoreError, StoreMeta, planned_bytes
-from expander_sae.data.sources import ActivationSource, TensorSource
+from expander_sae.data.sources import ActivationSource, TensorSource, prefetch
 from expander_sae.data.store import ActivationStore
 from expander_sae.data.writer import StoreWriter
 
@@ -17,4 +17,5 @@ __all__ = [
     "StoreWriter",
     "TensorSource",
     "planned_bytes",
+    "prefetch",
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from expander_sae.files import atomic_write_json
+from expander_sae.files import atomic_write_json, user_path
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -69,6 +71,10 @@ class Shard:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.bytes < 1 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"shard {self.file!r} has {self.rows} rows, {self.bytes} bytes, SHA-256 {self.sha256!r}")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -95,35 +101,96 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        """Write it atomically into ``folder``."""
+        """Write it atomically into ``folder``, with a hash of itself."""
         counts = {"num_rows": self.num_rows, "num_shards": len(self.shards)}
-        atomic_write_json(folder / MANIFEST, {"version": FORMAT_VERSION, **counts, **asdict(self)})
+        data = {"version": FORMAT_VERSION, **counts, **asdict(self)}
+        atomic_write_json(folder / MANIFEST, data | {"sha256": _own_hash(data)})
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Read a folder's manifest. ``StoreError`` if missing, damaged or of another format version."""
-        path = Path(folder) / MANIFEST
+        """Read a folder's manifest. ``StoreError`` if missing, damaged or of another format version.
+
+        A manifest without a hash of itself, as they were written at first, is read too.
+        """
+        path = user_path(folder) / MANIFEST
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(path.read_bytes(), parse_constant=_no_number)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{folder} is not an activation store: it has no {MANIFEST}") from None
-        except ValueError as error:
+        except IsADirectoryError:
+            raise StoreError(f"{path} is a folder, not a file. {AGAIN}") from None
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{path} is not JSON ({error}). {AGAIN}") from None
         version = data.get("version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise StoreError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}. {AGAIN}")
         try:
-            known = {f.name: data[f.name] for f in fields(cls)}
-            known["meta"] = StoreMeta(**known["meta"])
-            known["shards"] = tuple(Shard(**shard) for shard in known["shards"])
-            manifest = cls(**known)
-            consistent = manifest.num_rows == data["num_rows"] and len(manifest.shards) == data["num_shards"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}. {AGAIN}") from None
+            return cls._from_json(data)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{path} is damaged: {error}. {AGAIN}") from None
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Manifest:
+        """``ValueError`` for anything but what ``write`` writes."""
+        data = dict(data)
+        own_hash = data.pop("sha256", None)
+        counts = {name: data.pop(name, None) for name in ("version", "num_rows", "num_shards")}
+        if own_hash is not None and own_hash != _own_hash(counts | data):
+            raise ValueError("it is not what was written (its SHA-256 differs)")
+        if missing := [f.name for f in fields(cls) if f.name not in data]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        manifest = _built(cls, data)
+        if min(manifest.left_out_by_position, manifest.left_out_by_norm) < 0:
+            raise ValueError("a count is negative")
         names = [shard_name(i) for i in range(len(manifest.shards))]
-        if not consistent or [shard.file for shard in manifest.shards] != names:
-            raise StoreError(f"{path} is damaged: its counts and its list of shards disagree. {AGAIN}")
+        found = (manifest.num_rows, len(manifest.shards), [shard.file for shard in manifest.shards])
+        if found != (counts["num_rows"], counts["num_shards"], names):
+            raise ValueError("its counts and its list of shards disagree")
         return manifest
+
+
+_T = TypeVar("_T")
+
+
+def _built(kind: type[_T], value: Any) -> _T:
+    """The dataclass of a JSON object, every type checked. ``ValueError`` names the first field that is wrong."""
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(value, dict) or value.keys() - set(names):
+        unknown = sorted(value.keys() - set(names)) if isinstance(value, dict) else value
+        raise ValueError(f"{kind.__name__} is made of {', '.join(names)}, not of {unknown!r:.200}")
+    try:
+        return kind(**{name: _checked(value[name], hints[name], name) for name in value})
+    except TypeError as error:  # a field is missing
+        raise ValueError(str(error)) from None
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    """A JSON value as the annotation of its field wants it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or (origin is Literal and value in arguments):
+        return value
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            try:
+                return _checked(value, choice, name)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_checked(item, arguments[0], name) for item in value)
+    elif hint in (StoreMeta, Shard):
+        return _built(hint, value)
+    elif type(value) is (origin or hint) or (hint is float and type(value) is int):
+        return value
+    raise ValueError(f"{name} is {value!r:.200}, not {getattr(hint, '__name__', hint)}")
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _own_hash(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def planned_bytes(rows: int, d_in: int, dtype: str) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 _SAMPLE_STREAM = 2**64 - 1  # second Philox key of `sample`: no epoch ever has this number
+
+_T = TypeVar("_T")
 
 RowIndex = np.ndarray | Sequence[int] | slice
 
@@ -83,6 +87,65 @@ class TensorSource(ActivationSource):
     def rows(self, index: RowIndex) -> torch.Tensor:
         where = torch.from_numpy(row_numbers(index, len(self)))
         return self._activations[where.to(self._activations.device)]
+
+
+def prefetch(iterator: Iterable[_T], depth: int = 2) -> Generator[_T]:
+    """The items of ``iterator`` in their order, read in a thread that stays at most ``depth`` items ahead.
+
+    For batches whose reading waits for a disk while a training step computes. The thread starts with the first
+    item and ends with the iterator, or after the item in progress when the generator is closed (or forgotten);
+    closing waits for it. An exception of the iterator is raised here, after the items before it. Close it before
+    a fork: threads do not go on in a child. ``ValueError`` unless ``depth`` is at least 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return _prefetch(iterator, depth)  # a generator of its own: the error comes at the call
+
+
+def _prefetch(iterator: Iterable[_T], depth: int) -> Generator[_T]:
+    changed = threading.Condition()
+    waiting: deque[_T] = deque()
+    ended: list[BaseException | None] = []  # once it has ended: with what
+    closed = False
+
+    def read() -> None:
+        error: BaseException | None = None
+        try:
+            for item in iterator:
+                with changed:
+                    waiting.append(item)
+                    changed.notify_all()
+                    changed.wait_for(lambda: closed or len(waiting) < depth)
+                    if closed:
+                        return
+        except BaseException as caught:
+            error = caught
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()  # in the thread that ran it
+            with changed:
+                ended.append(error)
+                changed.notify_all()
+
+    thread = threading.Thread(target=read, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: waiting or ended)
+                if not waiting:
+                    if ended[0] is not None:
+                        raise ended[0]
+                    return
+                item = waiting.popleft()
+                changed.notify_all()
+            yield item
+    finally:
+        with changed:
+            closed = True
+            changed.notify_all()
+        if threading.current_thread() is not thread:  # where the garbage collector may have closed it
+            thread.join()
 
 
 def row_numbers(index: RowIndex, n: int) -> np.ndarray:

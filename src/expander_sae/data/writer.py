@@ -25,7 +25,7 @@ from expander_sae.data.manifest import (
 )
 from expander_sae.data.sources import count_not_finite
 from expander_sae.data.store import open_shard
-from expander_sae.files import atomic_path, require_free_space, sha256_file
+from expander_sae.files import atomic_path, folder_lock, remove_leftovers, require_free_space, sha256_file, user_path
 
 
 class StoreWriter:
@@ -38,6 +38,9 @@ class StoreWriter:
     As a context manager it calls ``close`` at the end. Ctrl-C keeps all rows appended so far, any other
     exception those in finished shards; either way the store stays unfinished and can be resumed.
 
+    The folder is locked from here to the end of ``close`` (or of the ``with`` block, or of the process, however
+    it ends): a second writer of the same folder gets ``files.FolderInUse``, which names the first, at once.
+
     Raises ``StoreError`` if the folder holds a finished store, one whose ``meta`` differs (the fields are
     named) or damaged shards; ``OSError`` if the disk has too little room.
     """
@@ -45,20 +48,29 @@ class StoreWriter:
     def __init__(self, folder: str | Path, meta: StoreMeta, *, expected_rows: int, shard_rows: int = 16384) -> None:
         if expected_rows < 1 or shard_rows < 1:
             raise ValueError(f"expected_rows and shard_rows must be at least 1 (got {expected_rows}, {shard_rows})")
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.shard_rows = shard_rows
         self._pending: list[_Append] = []
-        if (self.folder / MANIFEST).exists():
-            self.manifest = self._resume(meta)
-        elif any(self.folder.glob("shard-*.safetensors")):
-            raise StoreError(f"{folder} has shards but no {MANIFEST}. Choose another folder, or delete this one.")
-        else:
-            self.manifest = Manifest(meta)
-        missing = max(expected_rows - self.manifest.num_rows, 0)
-        require_free_space(self.folder, planned_bytes(missing, meta.d_in, meta.dtype), "The activation store")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        self.manifest.write(self.folder)
+        if not self.folder.exists():  # too large a request leaves no folder
+            self._require_room(meta, expected_rows)
+        self._lock = folder_lock(self.folder, "an activation store is written")
+        try:
+            if (self.folder / MANIFEST).exists():
+                self.manifest = self._resume(meta)
+            elif any(self.folder.glob("shard-*.safetensors")):
+                raise StoreError(f"{folder} has shards but no {MANIFEST}. Choose another folder, or delete this one.")
+            else:
+                self.manifest = Manifest(meta)
+            self._require_room(meta, expected_rows - self.manifest.num_rows)
+            self._remove_leftovers()
+            self.manifest.write(self.folder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _require_room(self, meta: StoreMeta, rows: int) -> None:
+        needed = planned_bytes(max(rows, 0), meta.d_in, meta.dtype)
+        require_free_space(self.folder, needed, "The activation store")
 
     @property
     def cursor(self) -> Any:
@@ -135,7 +147,7 @@ class StoreWriter:
         self.manifest, self._pending = manifest, []
 
     def close(self) -> None:
-        """Write what is waiting and mark the store complete. ``StoreError`` if no row was ever appended."""
+        """Write what is waiting, mark the store complete, unlock the folder. ``StoreError`` if it has no row."""
         self.commit()
         if not self.manifest.shards:
             raise StoreError(f"no activations were written to {self.folder}: the text gave no rows to keep")
@@ -143,6 +155,7 @@ class StoreWriter:
             manifest = replace(self.manifest, complete=True)
             manifest.write(self.folder)
             self.manifest = manifest
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -150,10 +163,13 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif issubclass(kind, KeyboardInterrupt):
-            self.commit()
+        try:
+            if kind is None:
+                self.close()
+            elif issubclass(kind, KeyboardInterrupt):
+                self.commit()
+        finally:
+            self._lock.release()
 
     @property
     def _num_pending(self) -> int:
@@ -173,12 +189,12 @@ class StoreWriter:
         return manifest
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed writer left: temporary files, and a shard that no manifest lists yet."""
+        """Remove what a killed writer left: temporary folders, and a shard that no manifest lists yet."""
+        remove_leftovers(self.folder, locked=True)
         listed = {shard.file for shard in self.manifest.shards}
-        for pattern in ("shard-*.safetensors", ".shard-*.tmp", f".{MANIFEST}.*.tmp"):
-            for path in self.folder.glob(pattern):
-                if path.name not in listed:
-                    path.unlink()
+        for path in self.folder.glob("shard-*.safetensors"):
+            if path.name not in listed:
+                path.unlink()
 
     def _write_shard(self, number: int) -> Shard:
         name = shard_name(number)
