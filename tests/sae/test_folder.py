@@ -393,7 +393,7 @@ def test_a_save_killed_anywhere_leaves_the_old_sae_or_the_new_one(tmp_path: Path
         seen.add(found == new)
         shake(toy()).save_pretrained(place)  # what is left lying about does not hinder the next save
         assert SAE.from_pretrained(place).config() == old
-        assert sorted(path.name for path in place.glob("[!.]*")) == [CONFIG_NAME, TENSORS_NAME]
+        assert sorted(path.name for path in place.glob("*")) == [CONFIG_NAME, TENSORS_NAME]
     else:
         pytest.fail("the save was never let through")
     assert seen == {True, False}  # it was killed before the switch and after it

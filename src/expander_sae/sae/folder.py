@@ -145,6 +145,8 @@ def _tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
 
 def _finish_switch(folder: Path) -> None:
     """Bring what a killed save left into order: tensors the config already names go to their place, others go."""
+    if folder.is_dir():
+        files.remove_leftovers(folder)
     waiting = folder / _NEXT_NAME
     if not waiting.exists():
         return
