@@ -49,7 +49,7 @@ def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
+        h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
     ) -> tuple[Tensor, Tensor]:
         parts = []
         for part in h.split(max(1, _SCORES_AT_ONCE // weight.shape[0])):
@@ -61,10 +61,15 @@ class _Encode(torch.autograd.Function):
                 position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
             parts.append((position.to(torch.int32), chosen))
         indices, chosen = parts[0] if len(parts) == 1 else (torch.cat(found) for found in zip(*parts, strict=True))
+        return indices, chosen
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        h, weight, _b_enc, _k, _magnitude, threshold = inputs
+        indices, chosen = output
         ctx.save_for_backward(h, weight, indices, chosen)
         ctx.thresholded = threshold > -math.inf
         ctx.mark_non_differentiable(indices)
-        return indices, chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,9 +87,12 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, code_values, weight)
+    def forward(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
         return _embed_sum(indices, code_values, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -100,9 +108,12 @@ class _Decode(torch.autograd.Function):
 
 class _CorrelateAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(h, indices, weight)
+    def forward(h: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return _correlate_at(h, indices, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
