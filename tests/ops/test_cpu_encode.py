@@ -232,8 +232,8 @@ def test_errors_name_the_fault() -> None:
             cpu.encode(p.h, rows, p.values, None, 2)
         with pytest.raises(ValueError, match="rows"):
             cpu.correlate(p.h, rows, p.values)
-    for k in (-1, 21):
-        with pytest.raises(ValueError, match="k must be between 0 and d_sae = 20"):
+    for k in (-1, 0, 21):
+        with pytest.raises(ValueError, match="k must be between 1 and d_sae = 20"):
             cpu.encode(p.h, p.rows, p.values, None, k)
     with pytest.raises(ValueError, match="b_enc"):
         cpu.encode(p.h, p.rows, p.values, p.b_enc[1:], 2)
