@@ -3,12 +3,13 @@
 Thin wrappers around ``expander_sae._kernels``: they check shapes, types and devices, bring inputs to the layout the
 kernels read (contiguous; ``values`` and biases in the accumulation type) and allocate the results. Same functions, same
 meaning as :mod:`expander_sae.ops.reference`. They use ``torch.get_num_threads()`` threads, and results do not depend on
-how many those are, bit for bit.
+how many those are, bit for bit. A process forked from this one starts with one thread.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -36,6 +37,16 @@ except ImportError as error:
     )
 else:
     _reason = ""
+
+
+def _after_fork() -> None:
+    # The child of a fork inherits the OpenMP pool that PyTorch shares with the kernels, but none of its threads: PyTorch's
+    # own operators then hang or crash. One thread needs no pool.
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def available(device: torch.device | None = None) -> bool:
@@ -219,7 +230,7 @@ def train_step(
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
     k = selection.capacity
-    arguments.capacity(k, n)
+    selection.check(n)
     if batch == 0:
         raise ValueError("the batch is empty: it has no mean error")
     wide = values.dtype

@@ -140,7 +140,10 @@ def encode(
     Raises:
         ValueError: a capacity above ``n``; with ``check_finite``, NaN or infinity in ``h``.
     """
-    arguments.capacity(selection.capacity, weight.shape[0])
+    n, m = weight.shape
+    selection.check(n)
+    arguments.bias("b_enc", b_enc, n)
+    arguments.bias("center", center, m)
     if check_finite and not torch.compiler.is_compiling():
         arguments.finite(h)
     centred = h if center is None else h - center

@@ -64,6 +64,7 @@ def tied_error(
         ValueError: shapes that do not fit, a capacity above ``n``, an empty batch.
     """
     h = h.detach()
+    selection.check(rows.shape[0])
     scalar = not isinstance(selection.threshold, Tensor)  # the kernel knows one threshold
     if scalar and library.resolve_backend(backend, h.device) == "cpu":
         error, residual, indices, code, *_ = _Fused.apply(values, b_enc, b_dec, h, rows, selection)  # type: ignore[misc]
