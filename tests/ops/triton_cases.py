@@ -296,6 +296,30 @@ def test_gradients_through_the_operators(dtype: torch.dtype) -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("threshold", [None, 1.0, "by feature"])
+def test_centre_and_thresholds_through_the_operators(threshold: float | str | None) -> None:
+    m, n, d, k = 6, 25, 2, 20
+    rows = mask_rows(m, n, d)
+    chosen = integers(n, seed=4) if threshold == "by feature" else threshold
+    selection = Selection(k, chosen)  # type: ignore[arg-type]
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [integers(*shape).requires_grad_() for shape in ((4, m), (n, d), (n,), (m,))]
+        h, values, bias, center = leaves
+        code = ops.encode(h, rows, values, bias, selection, center=center, backend=backend, check_finite=True)
+        (code.values**2).sum().backward()
+        return [code.indices, code.values, *(leaf.grad for leaf in leaves)]
+
+    found = run("triton")
+    assert threshold is None or (found[1] == 0).any()
+    for one, expected in zip(found, run("reference"), strict=True):
+        assert_same(one, expected)
+    bad = integers(4, m)
+    bad[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of the 4 activation vectors"):
+        ops.encode(bad, rows, integers(n, d), None, selection, backend="triton", check_finite=True)
+
+
 def test_nothing_to_do() -> None:
     rows, values = mask_rows(4, 9, 2), integers(9, 2)
     none = torch.empty(3, 0, dtype=torch.int32, device=DEVICE)
