@@ -101,7 +101,7 @@ rows = torch.rand(2000, 64, generator=g).topk(5, dim=1).indices.sort(dim=1).valu
 
 def work():
     codes = [encode(h, rows, values, None, Selection(20)), dense.encode(h, weight, None, Selection(20))]
-    learned = [values.clone().requires_grad_(), torch.zeros(2000, requires_grad=True), torch.zeros(64, requires_grad=True)]
+    learned = [tensor.requires_grad_() for tensor in (values.clone(), torch.zeros(2000), torch.zeros(64))]
     optimizer = torch.optim.Adam(learned)
     for _ in range(2):
         optimizer.zero_grad()

@@ -23,6 +23,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
+ABOVE = Selection(K, 0.0)
 SUPPORTS = torch.randint(0, N, (B, K), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
 
 #  name -> a scalar function of its tensors
@@ -32,7 +33,7 @@ EXPANDER: dict[str, tuple[Callable[[str], Callable[..., Tensor]], tuple[Tensor, 
         (normal(B, M), normal(N, D)),
     ),
     "encode": (
-        lambda b: lambda h, v, c, s: ops.encode(h, ROWS, v, c, Selection(K, 0.0), center=s, backend=b).values.square().sum(),
+        lambda b: lambda h, v, c, s: ops.encode(h, ROWS, v, c, ABOVE, center=s, backend=b).values.square().sum(),
         (normal(B, M), normal(N, D), normal(N), normal(M)),
     ),
     "decode": (

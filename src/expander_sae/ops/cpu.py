@@ -40,8 +40,8 @@ else:
 
 
 def _after_fork() -> None:
-    # The child of a fork inherits the OpenMP pool that PyTorch shares with the kernels, but none of its threads: PyTorch's
-    # own operators then hang or crash. One thread needs no pool.
+    # The child of a fork inherits PyTorch's OpenMP pool, but none of its threads: PyTorch's own operators then hang or
+    # crash. One thread needs no pool.
     torch.set_num_threads(1)
 
 

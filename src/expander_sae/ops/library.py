@@ -6,17 +6,19 @@ Gradients flow over active features only, through the same operators, so they ca
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from expander_sae.ops import cpu, reference, triton
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 BACKEND_VARIABLE = "EXPANDER_SAE_BACKEND"
 _BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
@@ -237,18 +239,18 @@ def _gram_backward(ctx, grad: Tensor):
 
 
 def _differentiable(
-    operator: Callable[..., Any], context: Callable[..., None], backward: Callable[..., Any]
+    operator: CustomOpDef, context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """``operator`` with its derivative; takes all its arguments, by position.
 
     Under the transforms of ``torch.func`` it is called through a function of its own: they refuse the one that
     ``register_autograd`` makes.
     """
-    torch.library.register_autograd(operator._opoverload, backward, setup_context=context)  # type: ignore[attr-defined]
+    operator.register_autograd(backward, setup_context=context)
     members = {"forward": operator, "setup_context": context, "backward": backward}
-    transformed = type(operator._name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+    functions = {name: staticmethod(function) for name, function in members.items()}
+    transformed = type("Transformed", (torch.autograd.Function,), functions)
 
-    @functools.wraps(operator)
     def call(*arguments: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return transformed.apply(*arguments)
