@@ -18,7 +18,7 @@ from expander_sae.ops.code import SparseCode
 from expander_sae.ops.reference import top_positions
 from expander_sae.ops.selection import Selection
 
-_SCORES_AT_ONCE = 1 << 26  # scores made in one go
+_SCORES_AT_ONCE = 1 << 25  # scores made in one go: 128 MiB of them
 
 
 def _embed_sum(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
@@ -46,20 +46,25 @@ def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
     return F.embedding_bag(samples, h, offsets, per_sample_weights=coef.flatten()[order].to(h.dtype), mode="sum")
 
 
+def _best(
+    h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
+) -> tuple[Tensor, Tensor]:
+    z = F.linear(h, weight, b_enc)
+    position = top_positions(z.abs() if magnitude else z, k)
+    chosen = z.gather(1, position)
+    if threshold > -math.inf:
+        empty = (chosen.abs() if magnitude else chosen) <= threshold
+        position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
+    return position.to(torch.int32), chosen
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
         h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
     ) -> tuple[Tensor, Tensor]:
-        parts = []
-        for part in h.split(max(1, _SCORES_AT_ONCE // weight.shape[0])):
-            z = F.linear(part, weight, b_enc)
-            position = top_positions(z.abs() if magnitude else z, k)
-            chosen = z.gather(1, position)
-            if threshold > -math.inf:
-                empty = (chosen.abs() if magnitude else chosen) <= threshold
-                position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
-            parts.append((position.to(torch.int32), chosen))
+        split = h.split(max(1, _SCORES_AT_ONCE // weight.shape[0]))
+        parts = [_best(part, weight, b_enc, k, magnitude, threshold) for part in split]
         indices, chosen = parts[0] if len(parts) == 1 else (torch.cat(found) for found in zip(*parts, strict=True))
         return indices, chosen
 
