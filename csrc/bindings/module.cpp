@@ -139,7 +139,7 @@ void step(
       .d = d,
       .k = k,
       .dtype = type,
-      .thresholded = threshold > -std::numeric_limits<double>::infinity(),
+      .thresholded = encoder.thresholded(),
   };
   const nb::gil_scoped_release release;
   train_step(encoder, args, at<void>(grad_b_dec), threads);

@@ -27,7 +27,8 @@ struct EncodeArgs {
   double threshold;  // a score up to it leaves its slot empty (index 0, value 0); -inf: none does
   std::atomic<bool>* infinite;  // set when h holds NaN or infinity, or null
 
-  bool empties(double score) const { return threshold > -std::numeric_limits<double>::infinity() && score <= threshold; }
+  bool thresholded() const { return threshold > -std::numeric_limits<double>::infinity(); }
+  bool empties(double score) const { return thresholded() && score <= threshold; }
 };
 
 struct CorrelateArgs {

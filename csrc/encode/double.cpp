@@ -47,13 +47,17 @@ void encode_double(const EncodeArgs& a, int64_t begin, int64_t end, void* scratc
       h[i] = center != nullptr ? from[i] - center[i] : from[i];
     }
     if (a.infinite != nullptr && zero != 0.0) a.infinite->store(true, std::memory_order_relaxed);
+    int64_t listed = 0;
     for (int64_t j = 0; j < a.n; ++j) {
       const double z = score(h, a.rows + j * a.d, values + j * a.d, a.d) + (bias != nullptr ? bias[j] : 0.0);
-      list[j] = {a.magnitude ? std::fabs(z) : z, z, j};
+      const double rank = a.magnitude ? std::fabs(z) : z;
+      list[listed] = {rank, z, j};
+      listed += !a.empties(rank);
     }
-    std::partial_sort(list, list + a.k, list + a.n, Before{});
+    const int64_t kept = std::min(a.k, listed);
+    std::partial_sort(list, list + kept, list + listed, Before{});
     for (int64_t s = 0; s < a.k; ++s) {
-      const bool empty = a.empties(list[s].rank);
+      const bool empty = s >= kept;
       a.out_indices[b * a.k + s] = empty ? 0 : static_cast<int32_t>(list[s].index);
       static_cast<double*>(a.out_values)[b * a.k + s] = empty ? 0.0 : list[s].z;
     }

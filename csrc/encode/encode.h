@@ -4,8 +4,9 @@
 // pass are appended to that sample's list of candidates. The threshold is estimated: first from the group maxima of the
 // features visited first, then, as more features are seen, from the candidates themselves. Features are visited in blocks
 // spread evenly over the index range, so what was seen stands for the rest. An estimate only decides how many candidates
-// there are: a list that overflows is cut to its exact k best, and a sample that ends with fewer than k candidates is
-// reported and done again in `safe` mode, which uses exact thresholds only. The result never depends on an estimate.
+// there are: a list that overflows is cut to its exact k best, and a sample that an estimate left with fewer than k
+// candidates is reported and done again in `safe` mode, which uses exact thresholds only. The result never depends on an
+// estimate. A threshold of the caller's is where every lane starts: what it refuses is never listed.
 #pragma once
 
 #include <cmath>
@@ -51,6 +52,8 @@ class TileEncoder {
     limit_ = list_limit(keep_, features_);
     room_ = list_room(a_.k, a_.n);
     lanes_ = job.count == 64 ? ~uint64_t{0} : (uint64_t{1} << job.count) - 1;
+    given_ = a_.thresholded() ? lowest_above(a_.threshold) : -INFINITY;
+    given_floor_ = a_.thresholded() ? ordered(given_) : INT32_MIN;
   }
 
   int run() {
@@ -59,8 +62,8 @@ class TileEncoder {
     if (a_.infinite != nullptr && !finite) a_.infinite->store(true, std::memory_order_relaxed);
     for (int lane = 0; lane < kWidth; ++lane) {
       size_[lane] = 0;
-      threshold_[lane] = -INFINITY;
-      floor_[lane] = INT32_MIN;
+      threshold_[lane] = given_;
+      floor_[lane] = given_floor_;
     }
     // Blocks are visited in runs of neighbours (long only where there are very many, to spare page walks), the runs in
     // strides that spread every prefix of the visits over the index range.
@@ -116,20 +119,6 @@ class TileEncoder {
     for (int64_t i = 0; i < bytes; i += 64) {
       __builtin_prefetch(rows + i);
       __builtin_prefetch(values + i);
-    }
-  }
-
-  // A step coprime with `blocks`, near the golden section of it: every prefix of the visits covers the range evenly.
-  static int64_t spread(int64_t blocks) {
-    if (blocks < 3) return 1;
-    for (auto step = static_cast<int64_t>(0.6180339887498949 * static_cast<double>(blocks));; ++step) {
-      int64_t x = blocks, y = step;
-      while (y != 0) {
-        const int64_t r = x % y;
-        x = y;
-        y = r;
-      }
-      if (x == 1) return step % blocks;
     }
   }
 
@@ -300,7 +289,7 @@ class TileEncoder {
       for (int l = 0; l < kLanes; ++l) {
         const int lane = v * kLanes + l;
         if (lane >= job_.count) continue;
-        threshold_[lane] = best[rank - 1][l];
+        threshold_[lane] = best[rank - 1][l] > given_ ? best[rank - 1][l] : given_;
         floor_[lane] = ordered(threshold_[lane]);
       }
     }
@@ -349,7 +338,7 @@ class TileEncoder {
     int failed = 0;
     for (int lane = 0; lane < job_.count; ++lane) {
       const int64_t sample = job_.samples != nullptr ? job_.samples[lane] : job_.first + lane;
-      if (size_[lane] < keep_) {
+      if (size_[lane] < keep_ && floor_[lane] > given_floor_) {
         job_.failed[failed++] = sample;
         continue;
       }
@@ -362,12 +351,13 @@ class TileEncoder {
       }
       make_keys(score, tag, size);
       keep_largest(keys_, size, keep_);  // more than k only when equal scores straddle the edge
-      sort_descending(keys_, keep_);
+      const int64_t kept = size < keep_ ? size : keep_;
+      sort_descending(keys_, kept);
       if (job_.partial.keys != nullptr) {
         int64_t* out = job_.partial.keys + sample * job_.partial.stride;
-        for (int64_t i = 0; i < job_.partial.width; ++i) out[i] = i < keep_ ? keys_[i] : kLowestKey;
+        for (int64_t i = 0; i < job_.partial.width; ++i) out[i] = i < kept ? keys_[i] : kLowestKey;
       } else {
-        write_code<kMagnitude>(a_, keys_, sample);
+        write_code<kMagnitude>(a_, keys_, kept, sample);
       }
     }
     return failed;
@@ -389,6 +379,8 @@ class TileEncoder {
   int32_t* list_tags_;
   int64_t* keys_;
   int64_t features_, keep_, limit_, room_;
+  float given_;  // the lowest score that the caller's threshold lets through, and its order
+  int32_t given_floor_;
   uint64_t lanes_;
   alignas(64) int32_t size_[kWidth];
   alignas(64) float threshold_[kWidth];

@@ -53,6 +53,20 @@ EXPANDER_INLINE Layout encode_layout(const EncodeArgs& a, int width) {
   return at;
 }
 
+// A step coprime with `blocks`, near the golden section of it: every prefix of the visits covers the range evenly.
+inline int64_t spread(int64_t blocks) {
+  if (blocks < 3) return 1;
+  for (auto step = static_cast<int64_t>(0.6180339887498949 * static_cast<double>(blocks));; ++step) {
+    int64_t x = blocks, y = step;
+    while (y != 0) {
+      const int64_t r = x % y;
+      x = y;
+      y = r;
+    }
+    if (x == 1) return step % blocks;
+  }
+}
+
 // How many candidates to expect to need among the first `seen` of `features`: the share of k plus a margin of three
 // standard deviations, so that an underflow stays rare.
 EXPANDER_INLINE int wanted(int64_t k, int64_t seen, int64_t features) {

@@ -34,12 +34,17 @@ size_t encode_scratch_bytes(const EncodeArgs& a, int tile) { return encode_layou
 
 // Joins the partial results of one sample (`count` keys in all) into its code; keys has room for merge_room.
 void merge_partial(const EncodeArgs& a, int64_t* keys, int64_t count, int64_t sample) {
-  keep_largest(keys, count, a.k);
-  sort_descending(keys, a.k);
+  int64_t kept = 0;  // without the places that a threshold left empty
+  for (int64_t i = 0; i < count; ++i) {
+    if (keys[i] != kLowestKey) keys[kept++] = keys[i];
+  }
+  keep_largest(keys, kept, a.k);
+  kept = kept < a.k ? kept : a.k;
+  sort_descending(keys, kept);
   if (a.magnitude) {
-    write_code<true>(a, keys, sample);
+    write_code<true>(a, keys, kept, sample);
   } else {
-    write_code<false>(a, keys, sample);
+    write_code<false>(a, keys, kept, sample);
   }
 }
 

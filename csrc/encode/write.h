@@ -1,18 +1,27 @@
 // A sample's best keys written out as its code.
 #pragma once
 
+#include <cmath>
+
 #include "core/args.h"
 #include "core/simd.h"
 #include "encode/select.h"
 
 namespace {
 
+// The lowest float above `threshold`, or infinity.
+inline float lowest_above(double threshold) {
+  const auto near = static_cast<float>(threshold);
+  return static_cast<double>(near) > threshold ? near : std::nextafter(near, INFINITY);
+}
+
+// `kept` of the k slots have a key, the others are empty.
 template <bool kMagnitude>
-void write_code(const expander::EncodeArgs& a, const int64_t* keys, int64_t sample) {
+void write_code(const expander::EncodeArgs& a, const int64_t* keys, int64_t kept, int64_t sample) {
   int32_t* const index = a.out_indices + sample * a.k;
   const auto value = [&](int64_t i) {
-    const float size = unordered(key_score(keys[i]));
-    const bool empty = a.empties(size);  // NaN is no less than any threshold: it shows
+    const float size = i < kept ? unordered(key_score(keys[i])) : 0.0f;
+    const bool empty = i >= kept || a.empties(size);  // NaN is no less than any threshold: it shows
     index[i] = empty ? 0 : key_index(keys[i]);
     return empty ? 0.0f : kMagnitude && (keys[i] & 1) != 0 ? -size : size;
   };

@@ -1,4 +1,4 @@
-"""encode_topk and correlate in C++ against a full stable sort of exact scores, on every instruction set here."""
+"""encode and correlate in C++ against a full stable sort of exact scores, on every instruction set here."""
 
 from __future__ import annotations
 
@@ -124,6 +124,42 @@ def test_scores_clustered_in_few_blocks() -> None:
     check_encode(p, 300, magnitude=True)
 
 
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("batch", "n", "k"), [(1, 9000, 40), (5, 20_000, 40), (70, 3000, 300), (40, 500, 500)])
+def test_a_threshold_takes_from_the_same_bits(batch: int, n: int, k: int, dtype: torch.dtype, magnitude: bool) -> None:
+    """The kernels start at the threshold; the answer is that without it, less what does not exceed it."""
+    p = problem(batch, 50, n, 5, 1, dtype=dtype, whole=False)
+    options = {"magnitude": magnitude}
+    with threads(3):
+        indices, code = cpu.encode(p.h, p.rows, p.values, p.b_enc, k, **options)
+        wide = p.h if dtype == torch.float64 else p.h.float()
+        exact = cpu.encode(wide, p.rows, p.values, p.b_enc, k, **options)[1]
+        rank = exact.abs() if magnitude else exact
+        on_a_score = [rank[0, 0].item(), rank[0, k // 2].item(), rank[-1, -1].item()]
+        quantiles = [rank.double().quantile(share).item() for share in (0.02, 0.5, 0.98)]
+        for threshold in (*on_a_score, *quantiles, rank.max().item() + 1, -1e30, math.inf):
+            empty = rank.double() <= threshold
+            expected = indices.masked_fill(empty, 0), code.masked_fill(empty, 0.0)
+            found = cpu.encode(p.h, p.rows, p.values, p.b_enc, k, threshold=threshold, **options)
+            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True)), threshold
+
+
+def test_a_threshold_that_few_scores_exceed() -> None:
+    """Far fewer than k candidates in all, in one block, in no sample but some, and among NaN."""
+    p = problem(90, 16, 6000, 2, 1)
+    for threshold in (7.0, 9.0, 10.0, 11.0):
+        check_encode(p, 200, threshold=threshold)
+        check_encode(p, 200, threshold=threshold, magnitude=True)
+    p.h[::3] = 0
+    p.h[1::7, 4] = NAN
+    p.b_enc[3000:3020] += 30
+    for threshold in (0.0, 9.0, 20.0, 29.0, 32.0):
+        check_encode(p, 10, threshold=threshold)
+        check_encode(p, 200, threshold=threshold)
+        check_encode(p, 3000, threshold=threshold, magnitude=True)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "one"])
 def test_scores_in_order_of_index(order: str) -> None:
     p = problem(66, 8, 5000, 1, 1)
@@ -232,8 +268,8 @@ def test_errors_name_the_fault() -> None:
             cpu.encode(p.h, rows, p.values, None, 2)
         with pytest.raises(ValueError, match="rows"):
             cpu.correlate(p.h, rows, p.values)
-    for k in (-1, 21):
-        with pytest.raises(ValueError, match="k must be between 0 and d_sae = 20"):
+    for k in (-1, 0, 21):
+        with pytest.raises(ValueError, match="k must be between 1 and d_sae = 20"):
             cpu.encode(p.h, p.rows, p.values, None, k)
     with pytest.raises(ValueError, match="b_enc"):
         cpu.encode(p.h, p.rows, p.values, p.b_enc[1:], 2)

@@ -79,11 +79,68 @@ expected = cpu.encode(h, rows, values, None, 20)
 child = os.fork()
 if child == 0:
     signal.alarm(60)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)  # the kernels start threads of their own
     found = cpu.encode(h, rows, values, None, 20)
     os._exit(0 if torch.equal(found[0], expected[0]) and cpu._module().parallel_runtime() == "std::thread" else 3)
 assert os.waitpid(child, 0)[1] == 0
 """
     done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+IN_A_CHILD = """
+import multiprocessing, os, signal, sys, torch
+from expander_sae.ops import Selection, dense, encode, fused
+
+torch.set_num_threads({threads})
+g = torch.Generator().manual_seed(0)
+h, weight = torch.randn(3000, 64, generator=g), torch.randn(2000, 64, generator=g)
+values = torch.randn(2000, 5, generator=g)
+rows = torch.rand(2000, 64, generator=g).topk(5, dim=1).indices.sort(dim=1).values.int()
+
+def work():
+    codes = [encode(h, rows, values, None, Selection(20)), dense.encode(h, weight, None, Selection(20))]
+    learned = [tensor.requires_grad_() for tensor in (values.clone(), torch.zeros(2000), torch.zeros(64))]
+    optimizer = torch.optim.Adam(learned)
+    for _ in range(2):
+        optimizer.zero_grad()
+        fused.tied_error(h, rows, *learned, Selection(20)).error.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+    return [*(code.values for code in codes), *(tensor.detach() for tensor in learned)]
+
+expected = work()
+
+def child():
+    signal.alarm(100)
+    found = work()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    os._exit(0)
+{start}
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("how", ["fork", "multiprocessing"])
+def test_encodes_and_trains_in_a_forked_child(how: str, count: int) -> None:
+    """PyTorch's own operators hang or crash in a child of a process that ran them with several threads."""
+    start = {
+        "fork": """
+number = os.fork()
+if number == 0:
+    child()
+sys.exit(os.waitpid(number, 0)[1] != 0)
+""",
+        "multiprocessing": """
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+sys.exit(process.exitcode != 0)
+""",
+    }[how]
+    done = run_python(IN_A_CHILD.format(threads=count, start=start))
     assert done.returncode == 0, done.stderr
 
 

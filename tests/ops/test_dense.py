@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -144,6 +146,36 @@ def test_non_contiguous() -> None:
 
     h, weight = normal(B, M, grad=False), normal(N, M, grad=False)
     for found, expected in zip(run(h.T.contiguous().T, weight.T.contiguous().T), run(h, weight), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_memory_is_bounded_whatever_the_batch() -> None:
+    """All scores of this batch would be 900 MiB, and as much again while the best are looked for."""
+    script = """
+import resource, torch
+from expander_sae.ops import Selection, dense
+torch.set_num_threads(2)
+h, weight = torch.randn(50_000, 64), torch.randn(4608, 64)
+dense.encode(h[:64], weight, None, Selection(32))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dense.encode(h, weight, None, Selection(32))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 500
+
+
+def test_the_batch_is_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight, bias = normal(23, M), normal(N, M), normal(N)
+
+    def run() -> list[Tensor]:
+        indices, values = encode(h, weight, bias, K, 0.1)
+        return [indices, values, *torch.autograd.grad(values.square().sum(), (h, weight, bias))]
+
+    whole = run()
+    monkeypatch.setattr(dense, "_SCORES_AT_ONCE", 5 * N)
+    for found, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(found, expected)
 
 

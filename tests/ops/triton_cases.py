@@ -296,10 +296,33 @@ def test_gradients_through_the_operators(dtype: torch.dtype) -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("threshold", [None, 1.0, "by feature"])
+def test_centre_and_thresholds_through_the_operators(threshold: float | str | None) -> None:
+    m, n, d, k = 6, 25, 2, 20
+    rows = mask_rows(m, n, d)
+    chosen = integers(n, seed=4) if threshold == "by feature" else threshold
+    selection = Selection(k, chosen)  # type: ignore[arg-type]
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [integers(*shape).requires_grad_() for shape in ((4, m), (n, d), (n,), (m,))]
+        h, values, bias, center = leaves
+        code = ops.encode(h, rows, values, bias, selection, center=center, backend=backend, check_finite=True)
+        (code.values**2).sum().backward()
+        return [code.indices, code.values, *(leaf.grad for leaf in leaves)]
+
+    found = run("triton")
+    assert threshold is None or (found[1] == 0).any()
+    for one, expected in zip(found, run("reference"), strict=True):
+        assert_same(one, expected)
+    bad = integers(4, m)
+    bad[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of the 4 activation vectors"):
+        ops.encode(bad, rows, integers(n, d), None, selection, backend="triton", check_finite=True)
+
+
 def test_nothing_to_do() -> None:
     rows, values = mask_rows(4, 9, 2), integers(9, 2)
     none = torch.empty(3, 0, dtype=torch.int32, device=DEVICE)
-    assert kernels.encode(integers(3, 4), rows, values, None, 0)[0].shape == (3, 0)
     assert_same(kernels.decode(none, none.float(), rows, values, 4), torch.zeros(3, 4, device=DEVICE))
     assert_same(kernels.values_grad(integers(3, 4), none, none.float(), rows), torch.zeros(9, 2, device=DEVICE))
     assert kernels.gram(none, rows, values, 7).shape == (3, 0, 0)
@@ -328,7 +351,7 @@ def test_same_bits_every_time() -> None:
 def test_bad_input_is_named() -> None:
     h, rows, values = integers(3, 4), mask_rows(4, 9, 2), integers(9, 2)
     indices, code = kernels.encode(h, rows, values, None, 2)
-    with pytest.raises(ValueError, match=r"k must be between 0 and d_sae = 9, got 10"):
+    with pytest.raises(ValueError, match=r"k must be between 1 and d_sae = 9, got 10"):
         kernels.encode(h, rows, values, None, 10)
     with pytest.raises(ValueError, match=r"b_enc must have shape \(9,\)"):
         kernels.encode(h, rows, values, integers(8), 2)
@@ -338,11 +361,11 @@ def test_bad_input_is_named() -> None:
         kernels.correlate(h.long(), rows, values)
     with pytest.raises(ValueError, match="one shape"):
         kernels.correlate(h, rows, values[:, :1])
-    with pytest.raises(ValueError, match="matrices"):
+    with pytest.raises(ValueError, match="must be a matrix"):
         kernels.correlate(h[0], rows, values)
     with pytest.raises(TypeError, match="indices must be int32"):
         kernels.decode(indices.long(), code, rows, values, 4)
-    with pytest.raises(ValueError, match="B = 3"):
+    with pytest.raises(ValueError, match=r"indices must have shape \(3, k\)"):
         kernels.correlate_at(h, indices[:2], rows, values)
     with pytest.raises(ValueError, match="coef"):
         kernels.values_grad(h, indices, code[:, :1], rows)

@@ -58,7 +58,7 @@ def encode(
         TypeError: ``h`` is not floating point.
     """
     n = rows.shape[0]
-    arguments.capacity(selection.capacity, n)
+    selection.check(n)
     arguments.bias("b_enc", b_enc, n)
     flat = arguments.flat(h, m)
     arguments.bias("center", center, flat.shape[1])

@@ -20,23 +20,33 @@ def flat(h: Tensor, m: int | None = None) -> Tensor:
     """``h (..., m)`` as ``(B, m)``. Raises ``TypeError`` if not floating point, ``ValueError`` for another width."""
     if not h.is_floating_point():
         raise TypeError(f"activations must be floating point, got {h.dtype}; convert them with .float()")
+    if h.ndim == 0:
+        raise ValueError("activations must have shape (..., d_in), got a single number")
     floating("activations", h)
     if m is not None and h.shape[-1] != m:
         raise ValueError(f"activations have width {h.shape[-1]}, the dictionary has d_in = {m}")
     return h.reshape(-1, h.shape[-1])
 
 
-def dictionary(rows: Tensor, values: Tensor) -> None:
-    """Raise unless ``rows`` is int32 ``(n, d)`` and ``values`` floating point of its shape."""
+def matrix(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is floating point ``(B, ...)`` with two dimensions."""
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must be a matrix (B, ...), got shape {tuple(tensor.shape)}")
+    floating(name, tensor)
+
+
+def dictionary(rows: Tensor, values: Tensor | None = None) -> None:
+    """Raise unless ``rows`` is int32 ``(n, d)`` and ``values``, if given, floating point of its shape."""
     if rows.ndim != 2:
         raise ValueError(f"rows must be (n, d), got shape {tuple(rows.shape)}")
     if rows.dtype != torch.int32:
         raise TypeError(f"rows must be int32, got {rows.dtype}; convert them with .to(torch.int32)")
     if rows.shape[0] > MAX_INDEX:
         raise ValueError(f"indices are int32: d_sae = {rows.shape[0]} is above {MAX_INDEX}")
-    if values.shape != rows.shape:
-        raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape (n, d)")
-    floating("values", values)
+    if values is not None:
+        if values.shape != rows.shape:
+            raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape (n, d)")
+        floating("values", values)
 
 
 def capacity(k: int, n: int) -> None:
@@ -57,6 +67,19 @@ def indices(tensor: Tensor, batch: int | None = None) -> None:
         raise ValueError(f"indices must have shape ({'B' if batch is None else batch}, k), got {tuple(tensor.shape)}")
     if tensor.dtype != torch.int32:
         raise TypeError(f"indices must be int32, got {tensor.dtype}; convert them with .to(torch.int32)")
+
+
+def code(name: str, tensor: Tensor, indices: Tensor) -> None:
+    """Raise unless ``tensor`` has the shape of ``indices``."""
+    if tensor.shape != indices.shape:
+        raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of indices {tuple(indices.shape)}")
+
+
+def one_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all ``tensors`` are on ``device``."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the data on {device}: move them to one device")
 
 
 def finite(h: Tensor) -> None:

@@ -3,12 +3,13 @@
 Thin wrappers around ``expander_sae._kernels``: they check shapes, types and devices, bring inputs to the layout the
 kernels read (contiguous; ``values`` and biases in the accumulation type) and allocate the results. Same functions, same
 meaning as :mod:`expander_sae.ops.reference`. They use ``torch.get_num_threads()`` threads, and results do not depend on
-how many those are, bit for bit.
+how many those are, bit for bit. A process forked from this one starts with one thread.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -36,6 +37,16 @@ except ImportError as error:
     )
 else:
     _reason = ""
+
+
+def _after_fork() -> None:
+    # The child of a fork inherits PyTorch's OpenMP pool, but none of its threads: PyTorch's own operators then hang or
+    # crash. One thread needs no pool.
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def available(device: torch.device | None = None) -> bool:
@@ -93,14 +104,13 @@ def encode(
 
     Raises:
         TypeError: a tensor has a type the operation does not take.
-        ValueError: shapes do not fit, ``k`` is outside ``[0, n]``, an entry of ``rows`` is outside ``[0, m)``, or with
+        ValueError: shapes do not fit, ``k`` is outside ``[1, n]``, an entry of ``rows`` is outside ``[0, m)``, or with
             ``check_finite`` ``h`` holds NaN or infinity.
     """
     h = _activations("h", h)
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
-    if not 0 <= k <= n:
-        raise ValueError(f"k must be between 0 and d_sae = {n}, got {k}")
+    arguments.capacity(k, n)
     indices = torch.empty(batch, k, dtype=torch.int32, device="cpu")
     code = torch.empty(batch, k, dtype=h.dtype, device="cpu")
     tensors = {
@@ -114,7 +124,7 @@ def encode(
     }
     sizes = {"B": batch, "m": m, "n": n, "d": d, "k": k, "dtype": _DTYPES[h.dtype]}
     finite = run_kernel("encode", tensors, **sizes, magnitude=magnitude, threshold=threshold)
-    if check_finite and (not finite or k == 0):
+    if check_finite and not finite:
         arguments.not_finite(h)
     return indices, code
 
@@ -129,7 +139,8 @@ def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m
     code_values = _activations("code_values", code_values)
     out = torch.empty(indices.shape[0], m, dtype=code_values.dtype, device="cpu")
     rows, values = _dictionary(rows, values, code_values.dtype)
-    indices = _indices(indices, code_values.shape)
+    arguments.code("code_values", code_values, indices)
+    indices = _indices(indices)
     _sparse("decode", code_values.dtype, m, indices=indices, code=code_values, rows=rows, values=values, out=out)
     return out
 
@@ -142,7 +153,7 @@ def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor) -> Te
         ValueError: shapes do not fit, or an index or row is out of range.
     """
     h = _activations("h", h)
-    indices = _indices(indices, (h.shape[0], indices.shape[-1]))
+    indices = _indices(indices, h.shape[0])
     rows, values = _dictionary(rows, values, h.dtype)
     out = torch.empty(indices.shape, dtype=h.dtype, device="cpu")
     _sparse("correlate_at", h.dtype, h.shape[1], h=h, indices=indices, rows=rows, values=values, out=out)
@@ -157,12 +168,12 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
         ValueError: shapes do not fit, or an index or row is out of range.
     """
     h = _activations("h", h)
-    indices = _indices(indices, (h.shape[0], indices.shape[-1]))
-    if coef.shape != indices.shape:
-        raise ValueError(f"coef {tuple(coef.shape)} must have the shape of indices {tuple(indices.shape)}")
+    indices = _indices(indices, h.shape[0])
+    arguments.code("coef", coef, indices)
     coef = _contiguous("coef", coef, h.dtype)
+    arguments.dictionary(rows)
+    rows = _contiguous("rows", rows, torch.int32)
     out = torch.empty(rows.shape, dtype=_wide(h.dtype), device="cpu")
-    rows, _ = _dictionary(rows, out, h.dtype)
     _sparse("values_grad", h.dtype, h.shape[1], h=h, indices=indices, code=coef, rows=rows, out=out)
     return out
 
@@ -176,7 +187,7 @@ def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int) -> Tensor:
     """
     dtype = values.dtype
     rows, values = _dictionary(rows, values, dtype)
-    indices = _indices(indices, indices.shape)
+    indices = _indices(indices)
     batch, k = indices.shape
     out = torch.empty(batch, k, k, dtype=dtype, device="cpu")
     _sparse("gram", dtype, m, indices=indices, rows=rows, values=values, out=out)
@@ -219,7 +230,7 @@ def train_step(
     rows, values = _dictionary(rows, values, h.dtype)
     (batch, m), (n, d) = h.shape, rows.shape
     k = selection.capacity
-    arguments.capacity(k, n)
+    selection.check(n)
     if batch == 0:
         raise ValueError("the batch is empty: it has no mean error")
     wide = values.dtype
@@ -274,9 +285,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _activations(name: str, tensor: Tensor) -> Tensor:
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} must be a matrix (B, ...), got shape {tuple(tensor.shape)}")
-    return _contiguous(name, arguments.floating(name, tensor), tensor.dtype)
+    arguments.matrix(name, tensor)
+    return _contiguous(name, tensor, tensor.dtype)
 
 
 def _contiguous(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -290,8 +300,6 @@ def _dictionary(rows: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return _contiguous("rows", rows, torch.int32), _contiguous("values", values, _wide(dtype))
 
 
-def _indices(indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if indices.ndim != 2 or tuple(indices.shape) != tuple(shape):
-        raise ValueError(f"indices must have shape {tuple(shape)}, got {tuple(indices.shape)}")
-    arguments.indices(indices)
+def _indices(indices: Tensor, batch: int | None = None) -> Tensor:
+    arguments.indices(indices, batch)
     return _contiguous("indices", indices, torch.int32)

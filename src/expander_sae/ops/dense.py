@@ -18,7 +18,7 @@ from expander_sae.ops.code import SparseCode
 from expander_sae.ops.reference import top_positions
 from expander_sae.ops.selection import Selection
 
-_SCORES_AT_ONCE = 1 << 26  # scores made in one go
+_SCORES_AT_ONCE = 1 << 25  # scores made in one go: 128 MiB of them
 
 
 def _embed_sum(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
@@ -46,25 +46,35 @@ def _weight_grad(h: Tensor, indices: Tensor, coef: Tensor, n: int) -> Tensor:
     return F.embedding_bag(samples, h, offsets, per_sample_weights=coef.flatten()[order].to(h.dtype), mode="sum")
 
 
+def _best(
+    h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
+) -> tuple[Tensor, Tensor]:
+    z = F.linear(h, weight, b_enc)
+    position = top_positions(z.abs() if magnitude else z, k)
+    chosen = z.gather(1, position)
+    if threshold > -math.inf:
+        empty = (chosen.abs() if magnitude else chosen) <= threshold
+        position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
+    return position.to(torch.int32), chosen
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
+        h: Tensor, weight: Tensor, b_enc: Tensor | None, k: int, magnitude: bool, threshold: float
     ) -> tuple[Tensor, Tensor]:
-        parts = []
-        for part in h.split(max(1, _SCORES_AT_ONCE // weight.shape[0])):
-            z = F.linear(part, weight, b_enc)
-            position = top_positions(z.abs() if magnitude else z, k)
-            chosen = z.gather(1, position)
-            if threshold > -math.inf:
-                empty = (chosen.abs() if magnitude else chosen) <= threshold
-                position, chosen = position.masked_fill(empty, 0), chosen.masked_fill(empty, 0.0)
-            parts.append((position.to(torch.int32), chosen))
+        split = h.split(max(1, _SCORES_AT_ONCE // weight.shape[0]))
+        parts = [_best(part, weight, b_enc, k, magnitude, threshold) for part in split]
         indices, chosen = parts[0] if len(parts) == 1 else (torch.cat(found) for found in zip(*parts, strict=True))
+        return indices, chosen
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        h, weight, _b_enc, _k, _magnitude, threshold = inputs
+        indices, chosen = output
         ctx.save_for_backward(h, weight, indices, chosen)
         ctx.thresholded = threshold > -math.inf
         ctx.mark_non_differentiable(indices)
-        return indices, chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,9 +92,12 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, code_values, weight)
+    def forward(indices: Tensor, code_values: Tensor, weight: Tensor) -> Tensor:
         return _embed_sum(indices, code_values, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -100,9 +113,12 @@ class _Decode(torch.autograd.Function):
 
 class _CorrelateAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(h, indices, weight)
+    def forward(h: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return _correlate_at(h, indices, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,7 +145,10 @@ def encode(
     Raises:
         ValueError: a capacity above ``n``; with ``check_finite``, NaN or infinity in ``h``.
     """
-    arguments.capacity(selection.capacity, weight.shape[0])
+    n, m = weight.shape
+    selection.check(n)
+    arguments.bias("b_enc", b_enc, n)
+    arguments.bias("center", center, m)
     if check_finite and not torch.compiler.is_compiling():
         arguments.finite(h)
     centred = h if center is None else h - center

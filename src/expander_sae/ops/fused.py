@@ -27,12 +27,17 @@ class _Fused(torch.autograd.Function):
     """The kernel finds all gradients on the way forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, b_enc: Tensor, b_dec: Tensor, h: Tensor, rows: Tensor, selection: Selection):
+    def forward(values: Tensor, b_enc: Tensor, b_dec: Tensor, h: Tensor, rows: Tensor, selection: Selection):
         step = cpu.train_step(h, rows, values, b_enc, b_dec, selection)
-        ctx.save_for_backward(step.grad_values, step.grad_b_enc, step.grad_b_dec)
-        ctx.mark_non_differentiable(step.residual, step.indices, step.code)
+        gradients = step.grad_values, step.grad_b_enc, step.grad_b_dec
+        return step.errors.mean(), step.residual, step.indices, step.code, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _error, *others = output
+        ctx.save_for_backward(*others[3:])
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)  # or the backward would first fill a (B, m) array with zeros
-        return step.errors.mean(), step.residual, step.indices, step.code
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -59,9 +64,10 @@ def tied_error(
         ValueError: shapes that do not fit, a capacity above ``n``, an empty batch.
     """
     h = h.detach()
+    selection.check(rows.shape[0])
     scalar = not isinstance(selection.threshold, Tensor)  # the kernel knows one threshold
     if scalar and library.resolve_backend(backend, h.device) == "cpu":
-        error, residual, indices, code = _Fused.apply(values, b_enc, b_dec, h, rows, selection)  # type: ignore[misc]
+        error, residual, indices, code, *_ = _Fused.apply(values, b_enc, b_dec, h, rows, selection)  # type: ignore[misc]
         return TiedError(error, residual, SparseCode(indices, code))
     chosen = backend or ""
     bias = selection.bias(b_enc)

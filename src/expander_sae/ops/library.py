@@ -10,12 +10,15 @@ import math
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from expander_sae.ops import cpu, reference, triton
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 BACKEND_VARIABLE = "EXPANDER_SAE_BACKEND"
 _BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
@@ -48,11 +51,11 @@ def _implementation(name: str, backend: str, device: torch.device) -> Callable[.
 
 
 @torch.library.custom_op("expander_sae::correlate", mutates_args=())
-def correlate(h: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+def _correlate(h: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
     return _implementation("correlate", backend, h.device)(h, rows, values)
 
 
-@correlate.register_fake
+@_correlate.register_fake
 def _(h: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
     return h.new_empty(h.shape[0], rows.shape[0])
 
@@ -78,7 +81,7 @@ def _correlate_backward(ctx, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::encode", mutates_args=())
-def encode(
+def _encode(
     h: Tensor,
     rows: Tensor,
     values: Tensor,
@@ -94,7 +97,7 @@ def encode(
     return _implementation("encode", backend, h.device)(h, rows, values, b_enc, k, **options)
 
 
-@encode.register_fake
+@_encode.register_fake
 def _(h, rows, values, b_enc, center, k, magnitude, threshold, check_finite, backend=""):
     return h.new_empty(h.shape[0], k, dtype=torch.int32), h.new_empty(h.shape[0], k)
 
@@ -132,11 +135,11 @@ def _encode_backward(ctx, _grad_indices, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::decode", mutates_args=())
-def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
+def _decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
     return _implementation("decode", backend, values.device)(indices, code_values, rows, values, m)
 
 
-@decode.register_fake
+@_decode.register_fake
 def _(indices, code_values, rows, values, m, backend=""):
     return code_values.new_empty(indices.shape[0], m)
 
@@ -157,11 +160,11 @@ def _decode_backward(ctx, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::correlate_at", mutates_args=())
-def correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
+def _correlate_at(h: Tensor, indices: Tensor, rows: Tensor, values: Tensor, backend: str = "") -> Tensor:
     return _implementation("correlate_at", backend, h.device)(h, indices, rows, values)
 
 
-@correlate_at.register_fake
+@_correlate_at.register_fake
 def _(h, indices, rows, values, backend=""):
     return h.new_empty(indices.shape)
 
@@ -182,11 +185,11 @@ def _correlate_at_backward(ctx, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::values_grad", mutates_args=())
-def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor, backend: str = "") -> Tensor:
+def _values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor, backend: str = "") -> Tensor:
     return _implementation("values_grad", backend, h.device)(h, indices, coef, rows)
 
 
-@values_grad.register_fake
+@_values_grad.register_fake
 def _(h, indices, coef, rows, backend=""):
     return h.new_empty(rows.shape, dtype=reference.accumulate_dtype(h.dtype))
 
@@ -209,11 +212,11 @@ def _values_grad_backward(ctx, grad: Tensor):
 
 
 @torch.library.custom_op("expander_sae::gram", mutates_args=())
-def gram(indices: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
+def _gram(indices: Tensor, rows: Tensor, values: Tensor, m: int, backend: str = "") -> Tensor:
     return _implementation("gram", backend, values.device)(indices, rows, values, m)
 
 
-@gram.register_fake
+@_gram.register_fake
 def _(indices, rows, values, m, backend=""):
     return values.new_empty(*indices.shape, indices.shape[1])
 
@@ -235,12 +238,30 @@ def _gram_backward(ctx, grad: Tensor):
     return None, None, out.index_add(0, picked.flatten(), terms.flatten(0, 1)).to(values.dtype), None, None
 
 
-for _operator, _backward, _context in (
-    (correlate, _correlate_backward, _correlate_context),
-    (encode, _encode_backward, _encode_context),
-    (decode, _decode_backward, _decode_context),
-    (correlate_at, _correlate_at_backward, _correlate_at_context),
-    (values_grad, _values_grad_backward, _values_grad_context),
-    (gram, _gram_backward, _gram_context),
-):
-    torch.library.register_autograd(_operator._opoverload, _backward, setup_context=_context)
+def _differentiable(
+    operator: CustomOpDef, context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``operator`` with its derivative; takes all its arguments, by position.
+
+    Under the transforms of ``torch.func`` it is called through a function of its own: they refuse the one that
+    ``register_autograd`` makes.
+    """
+    operator.register_autograd(backward, setup_context=context)
+    members = {"forward": operator, "setup_context": context, "backward": backward}
+    functions = {name: staticmethod(function) for name, function in members.items()}
+    transformed = type("Transformed", (torch.autograd.Function,), functions)
+
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return transformed.apply(*arguments)
+        return operator(*arguments)
+
+    return call
+
+
+correlate = _differentiable(_correlate, _correlate_context, _correlate_backward)
+encode = _differentiable(_encode, _encode_context, _encode_backward)
+decode = _differentiable(_decode, _decode_context, _decode_backward)
+correlate_at = _differentiable(_correlate_at, _correlate_at_context, _correlate_at_backward)
+values_grad = _differentiable(_values_grad, _values_grad_context, _values_grad_backward)
+gram = _differentiable(_gram, _gram_context, _gram_backward)

@@ -95,16 +95,16 @@ def top_positions(score: Tensor, k: int) -> Tensor:
     """Positions of the ``k`` largest a row, descending, ties to the lower position; NaN counts as largest.
 
     ``torch.topk`` leaves the order of equals open, and a full stable sort is slow: rows whose ``k``-th value is tied
-    with one left out (rare) are sorted in full, the others only among the chosen.
+    with the next (rare) are sorted in full, the others only among the chosen.
     """
-    top, position = torch.topk(score, k, dim=1)
-    if k == 0:
-        return position
-    edge = top[:, -1:]
-    reaching = torch.where(edge.isnan(), score.isnan(), score.isnan() | (score >= edge)).sum(dim=1)
-    tied = (reaching > k).nonzero().flatten()
-    if tied.numel():
-        position[tied] = score[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    n = score.shape[1]
+    top, position = torch.topk(score, min(k + 1, n), dim=1)
+    position = position[:, :k]
+    if 0 < k < n:
+        last, following = top[:, k - 1], top[:, k]
+        tied = ((last == following) | (last.isnan() & following.isnan())).nonzero().flatten()
+        if tied.numel():
+            position[tied] = score[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     position = position.sort(dim=1).values
     order = score.gather(1, position).sort(dim=1, descending=True, stable=True).indices
     return position.gather(1, order)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from expander_sae.ops import arguments
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -34,7 +36,8 @@ class Selection:
     rank: Literal["signed", "magnitude"] = "signed"
 
     def __post_init__(self) -> None:
-        if operator.index(self.capacity) < 1:
+        object.__setattr__(self, "capacity", operator.index(self.capacity))  # a plain int, for the operators' schemas
+        if self.capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {self.capacity}")
         if self.rank not in ("signed", "magnitude"):
             raise ValueError(f"rank must be 'signed' or 'magnitude', got {self.rank!r}")
@@ -43,6 +46,11 @@ class Selection:
                 raise ValueError("rank='magnitude' takes one threshold, not one for each feature")
         elif self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("the threshold is NaN")
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` unless ``capacity <= n`` and thresholds by feature have shape ``(n,)``."""
+        arguments.capacity(self.capacity, n)
+        arguments.bias("threshold", self.threshold if isinstance(self.threshold, Tensor) else None, n)
 
     @property
     def magnitude(self) -> bool:

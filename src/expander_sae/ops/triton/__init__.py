@@ -20,8 +20,6 @@ from torch import Tensor
 
 from expander_sae.ops import arguments, reference
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_INDEX = 2**31 - 1
 _MAX_K = 1024  # longer lists are sorted whole by one program: past this the reference is the better choice
 _OLDEST_CAPABILITY = (7, 0)
 
@@ -88,15 +86,15 @@ def encode(
 
     Raises:
         TypeError: a tensor has a type the operation does not take.
-        ValueError: shapes or devices do not fit, or ``k`` is outside ``[0, n]``.
+        ValueError: shapes or devices do not fit, or ``k`` is outside ``[1, n]``.
     """
     _check(h, rows, values=values)
     n = rows.shape[0]
-    if not 0 <= k <= n:
-        raise ValueError(f"k must be between 0 and d_sae = {n}, got {k}")
-    if b_enc is not None and b_enc.shape != (n,):
-        raise ValueError(f"b_enc must have shape ({n},), got {tuple(b_enc.shape)}")
-    if h.dtype == torch.float64 or not (k and h.numel() and rows.numel()) or k > _MAX_K:
+    arguments.capacity(k, n)
+    arguments.bias("b_enc", b_enc, n)
+    arguments.bias("center", center, h.shape[1])
+    arguments.one_device(h.device, b_enc=b_enc, center=center)
+    if h.dtype == torch.float64 or not (h.numel() and rows.numel()) or k > _MAX_K:
         options = {"center": center, "magnitude": magnitude, "threshold": threshold, "check_finite": check_finite}
         return reference.encode(h, rows, values, b_enc, k, **options)
     from expander_sae.ops.triton import topk
@@ -121,6 +119,7 @@ def decode(indices: Tensor, code_values: Tensor, rows: Tensor, values: Tensor, m
         ValueError: shapes or devices do not fit.
     """
     _check(code_values, rows, values=values, indices=indices)
+    arguments.code("code_values", code_values, indices)
     if code_values.dtype == torch.float64 or not (code_values.numel() and rows.numel() and m):
         return reference.decode(indices, code_values, rows, values, m)
     from expander_sae.ops.triton import active
@@ -154,11 +153,8 @@ def values_grad(h: Tensor, indices: Tensor, coef: Tensor, rows: Tensor) -> Tenso
         ValueError: shapes or devices do not fit.
     """
     _check(h, rows, indices=indices)
-    if coef.shape != indices.shape or coef.device != h.device:
-        raise ValueError(
-            f"coef {tuple(coef.shape)} on {coef.device} must have the shape of indices, {tuple(indices.shape)}, "
-            f"and be on {h.device}"
-        )
+    arguments.code("coef", coef, indices)
+    arguments.one_device(h.device, coef=coef)
     if h.dtype == torch.float64 or not (h.numel() and rows.numel() and indices.numel()):
         return reference.values_grad(h, indices, coef, rows)
     from expander_sae.ops.triton import active
@@ -192,21 +188,8 @@ def _check(
     data: Tensor, rows: Tensor, *, values: Tensor | None = None, indices: Tensor | None = None, same_batch: bool = True
 ) -> None:
     """Shapes, types and devices; ``data`` is the tensor whose type decides that of the result."""
-    if data.ndim != 2:
-        raise ValueError(f"activations and codes must be matrices (B, ...), got shape {tuple(data.shape)}")
-    if data.dtype not in (*_KERNEL_DTYPES, torch.float64):
-        raise TypeError(f"activations and codes must be float32, bfloat16, float16 or float64, got {data.dtype}")
-    if rows.ndim != 2 or rows.shape[0] > _MAX_INDEX:
-        raise ValueError(f"rows must be (n, d) with n at most {_MAX_INDEX}, got shape {tuple(rows.shape)}")
-    if rows.dtype != torch.int32:
-        raise TypeError(f"rows must be int32, got {rows.dtype}; convert them with .to(torch.int32)")
-    if values is not None and values.shape != rows.shape:
-        raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape (n, d)")
+    arguments.matrix("activations and codes", data)
+    arguments.dictionary(rows, values)
     if indices is not None:
-        if indices.dtype != torch.int32:
-            raise TypeError(f"indices must be int32, got {indices.dtype}; convert them with .to(torch.int32)")
-        if indices.ndim != 2 or (same_batch and indices.shape[0] != data.shape[0]):
-            raise ValueError(f"indices must be (B, k) with B = {data.shape[0]}, got shape {tuple(indices.shape)}")
-    for name, tensor in (("rows", rows), ("values", values), ("indices", indices)):
-        if tensor is not None and tensor.device != data.device:
-            raise ValueError(f"{name} is on {tensor.device}, the data on {data.device}: move them to one device")
+        arguments.indices(indices, data.shape[0] if same_batch else None)
+    arguments.one_device(data.device, rows=rows, values=values, indices=indices)
