@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.pursuit import dense, expander, gaussian
+from support.pursuit import expander, gaussian
 
 from expander_sae import pursuit
 from expander_sae.mask import Mask
 from expander_sae.sae import SAE
-
-FOR_ACTIVATIONS = sorted(set(pursuit.SOLVERS) - set(pursuit.COMBINATORIAL))
 
 
 def test_numpy_numbers_and_arrays() -> None:
@@ -32,18 +30,6 @@ def test_an_sae_is_refused_with_what_to_write_instead() -> None:
         pursuit.omp(torch.randn(2, 8), sae, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"of a dense array DenseMatrix\(array.T\)"):
         pursuit.omp(torch.randn(2, 8), torch.randn(8, 20), 3)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("solver", FOR_ACTIVATIONS)
-@pytest.mark.parametrize("kind", ["expander", "dense"])
-def test_inference_mode(solver: str, kind: str) -> None:
-    matrix = expander() if kind == "expander" else dense(expander())
-    h = gaussian(5)
-    expected = pursuit.solver(solver)(h, matrix, 4)
-    with torch.inference_mode():
-        found = pursuit.solver(solver)(h.clone(), matrix, 4)
-    assert torch.equal(found.indices, expected.indices)
-    assert torch.equal(found.values, expected.values)
 
 
 @pytest.mark.parametrize("kind", ["expander", "dense"])
