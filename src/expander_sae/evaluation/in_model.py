@@ -101,6 +101,7 @@ def evaluate_in_model(
     if len({tuple(window.shape) for window in windows}) > 1:
         raise ValueError("the windows must have one length")
     lm.check_window(windows[0].shape[0])
+    lm.check_layer(layer)
     for name, sae in saes.items():
         if sae.d_in != lm.d_model:
             raise ValueError(f"{name} reads d_in = {sae.d_in}, the model's residual stream has width {lm.d_model}")
