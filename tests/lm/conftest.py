@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from support.lm import any_lm, lm, tokenizer, tokens
+from support.lm import any_lm, hub, lm, tokenizer, tokens
 
-__all__ = ["any_lm", "lm", "tokenizer", "tokens"]
+__all__ = ["any_lm", "hub", "lm", "tokenizer", "tokens"]

@@ -7,34 +7,57 @@ from typing import Annotated, Any
 
 import typer
 
+from expander_sae.cli import options
 from expander_sae.cli.app import app
-from expander_sae.cli.options import LAYER, MODEL, TEXT
 
 
 @app.command(
-    epilog="Example: [bold]expander-sae harvest --model EleutherAI/pythia-70m --layer 3 --tokens 1000000 --out acts/pythia[/bold]"
+    epilog="Examples:\n\n[bold]expander-sae harvest --model EleutherAI/pythia-70m-deduped --layer 3 --tokens 1000000 --out acts/pythia[/bold]\n\n"
+    "[bold]expander-sae harvest --layer 5 --layer 15 --hook residual --hook mlp --out acts/smollm2[/bold]"
 )
 def harvest(
-    out: Annotated[Path, typer.Option(help="Folder of the activation store.")],
-    model: Annotated[str, MODEL] = "embedded",
-    layer: Annotated[int | None, LAYER] = None,
-    text: Annotated[str | None, TEXT] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the activation store; of several, in folders as mlp-15.")],
+    model: Annotated[str, options.MODEL] = "embedded",
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="Block, counted from 0; repeatable. Default: the layer studied on a known model."),
+    ] = None,
+    hook: Annotated[
+        list[str] | None,
+        typer.Option(help="`residual` (the block's output, default), `attention`, `mlp`; repeatable."),
+    ] = None,
+    text: Annotated[str | None, options.TEXT] = None,
+    text_field: Annotated[str, options.TEXT_FIELD] = "text",
     split: Annotated[str, typer.Option(help="`train`, `heldout` (every tenth document) or `all`.")] = "train",
     tokens: Annotated[int, typer.Option(help="Activation vectors to store.")] = 400_000,
-    window: Annotated[int, typer.Option(help="Tokens a sequence; documents are packed with EOS between them.")] = 256,
+    window: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    bos: Annotated[bool | None, options.BOS] = None,
+    concatenate: Annotated[
+        bool,
+        typer.Option(
+            "--concatenate/--one-document",
+            help="Documents end to end with EOS between them, or one for each window: its beginning.",
+        ),
+    ] = True,
+    skip_special: Annotated[
+        bool, typer.Option("--skip-special", help="Leave out the positions of all special tokens.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="Of the store: float32, bfloat16, float16; auto is the model's own.")
     ] = "auto",
-    model_dtype: Annotated[
-        str, typer.Option(help="Of the model: float32, bfloat16, float16; auto is the faster one here.")
-    ] = "auto",
     batch_windows: Annotated[int | None, typer.Option(help="Windows a forward pass; default fits the device.")] = None,
     max_norm_multiple: Annotated[
-        float, typer.Option(help="Leave out positions whose norm exceeds this multiple of the median.")
+        float, typer.Option(help="Leave out positions whose norm exceeds this multiple of the median; inf: none.")
     ] = 10.0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    revision: Annotated[str | None, options.REVISION] = None,
+    model_dtype: Annotated[str, options.MODEL_DTYPE] = "auto",
+    device: Annotated[str | None, options.DEVICE] = None,
+    device_map: Annotated[str | None, options.DEVICE_MAP] = None,
+    quantize: Annotated[str | None, options.QUANTIZE] = None,
+    tokenizer: Annotated[str | None, options.TOKENIZER] = None,
+    trust_remote_code: Annotated[bool, options.TRUST] = False,
 ) -> None:
-    """Run a language model over text and store its residual stream at one layer.
+    """Run a language model over text and store its activations at one place in it, or several in one pass.
 
     Position 0 of every window and positions with outlying norms (attention sinks) are left out and counted. The
     size on disk is printed and checked first. A killed harvest continues with the same command.
@@ -42,29 +65,38 @@ def harvest(
     from expander_sae import lm as language
 
     preset = language.preset_for(model)
-    loaded = language.load_model(model, dtype=model_dtype, revision=revision)  # type: ignore[arg-type]
-    store = language.harvest(
-        loaded,
-        text or (preset.text if preset else language.PILE),
-        _layer(layer, preset),
-        tokens,
-        out,
-        split=split,  # type: ignore[arg-type]
-        window=window,
-        batch_windows=batch_windows,
-        dtype=dtype,
-        max_norm_multiple=max_norm_multiple,
-    )
-    manifest = store.manifest
-    print(
-        f"{out}: {len(store):,} x {store.d_in}, left out {manifest.left_out_by_position:,} by position and "
-        f"{manifest.left_out_by_norm:,} by norm"
-    )
+    layers = _layers(layer, preset)
+    how_loaded: dict[str, Any] = {
+        "dtype": model_dtype, "device": device, "revision": revision, "tokenizer": tokenizer,
+        "device_map": device_map, "quantize": quantize, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    loaded = language.load_model(model, **how_loaded)
+    source = text or (preset.text if preset else language.PILE)
+    chosen: Any = {
+        "split": split, "text_field": text_field, "window": window, "batch_windows": batch_windows, "dtype": dtype,
+        "bos": bos, "concatenate": concatenate, "skip_special": skip_special, **options.multiple(max_norm_multiple),
+    }  # fmt: skip
+    hooks: Any = hook or ["residual"]
+    if len(layers) == len(hooks) == 1:
+        stores = {"": language.harvest(loaded, source, layers[0], tokens, out, hook=hooks[0], **chosen)}
+    else:
+        stores = language.harvest_many(loaded, source, layers, tokens, out, hooks=hooks, **chosen)
+    for store in stores.values():
+        manifest = store.manifest
+        counts = manifest.cursor or {}
+        also = [f"{counts[key]:,} {what}" for key, what in _COUNTS.items() if counts.get(key)]
+        print(
+            f"{store.folder}: {len(store):,} x {store.d_in}, left out {manifest.left_out_by_position:,} by position and "
+            f"{manifest.left_out_by_norm:,} by norm" + "".join(f", {what}" for what in also)
+        )
 
 
-def _layer(layer: int | None, preset: Any) -> int:
-    if layer is not None:
-        return layer
+_COUNTS = {"left_out_special": "special tokens", "documents_too_short": "documents shorter than a window"}
+
+
+def _layers(layers: list[int] | None, preset: Any) -> list[int]:
+    if layers:
+        return layers
     if preset is None:
         raise ValueError("this model has no studied layer: say which with --layer")
-    return preset.layers[0]
+    return [preset.layers[0]]

@@ -29,11 +29,17 @@ class StoreError(ValueError):
 class StoreMeta:
     """What determines a store's rows. A harvest resumes only where every field is the same.
 
-    ``model``, ``revision``, ``tokenizer``: which language model read the text, as the user named them.
-    ``hook``, ``layer``: where it was read, e.g. ``"residual"``, the output of block ``layer`` (0-based).
-    ``text``: the text source and split; ``window``: tokens a sequence.
-    ``skip_positions``: positions left out of every window. ``max_norm_multiple``: rows whose norm exceeds
-    this multiple of the median are left out too (None: none are).
+    ``model``: the Hub id or the absolute path of a folder; ``revision``: the commit, or a fingerprint of the
+    folder's weights; ``weights``: that fingerprint for a Hub model too, so that a copy of it is recognised.
+    ``tokenizer``: its class; ``tokenizer_hash``: of its vocabulary and special tokens.
+    ``hook``, ``layer``: where it was read: ``"residual"`` (the output of block ``layer``, 0-based),
+    ``"attention"`` or ``"mlp"`` (what that part of the block gave).
+    ``text``: the text source and split; ``window``: tokens a sequence. ``bos``: every window begins with BOS.
+    ``concatenate``: documents run on from one window into the next; else each window is the beginning of one.
+    ``skip_positions``: positions left out of every window. ``skip_special``: so are special tokens.
+    ``max_norm_multiple``: rows whose norm exceeds this multiple of the median are left out too (None: none are);
+    ``norm_median``, ``norm_limit``: that median over the first 4,096 positions read, and their product. These two
+    are found, not asked for: they are no part of what is compared.
     """
 
     model: str
@@ -47,19 +53,47 @@ class StoreMeta:
     window: int
     skip_positions: tuple[int, ...] = (0,)
     max_norm_multiple: float | None = None
+    weights: str | None = None
+    tokenizer_hash: str | None = None
+    bos: bool = False
+    concatenate: bool = True
+    skip_special: bool = False
+    norm_median: float | None = None
+    norm_limit: float | None = None
 
     def __post_init__(self) -> None:
         planned_bytes(1, self.d_in, self.dtype)  # refuses what cannot be stored
         object.__setattr__(self, "skip_positions", tuple(self.skip_positions))  # JSON gives a list
 
     def differences(self, other: StoreMeta) -> list[str]:
-        """One line ``"field: mine, not theirs"`` for each field that differs."""
-        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return [f"{name}: {mine!r}, not {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+        """One line ``"field: mine, not theirs"`` for each field that differs.
+
+        A hash that one side does not know is no difference; two revisions of the same weights are none either.
+        """
+        same_weights = self.weights is not None and self.weights == other.weights
+        lines = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            unknown = field.name in _HASHES and None in (mine, theirs)
+            if mine == theirs or unknown or field.name in _FOUND or (field.name == "revision" and same_weights):
+                continue
+            lines.append(f"{field.name}: {mine!r}, not {theirs!r}")
+        return lines
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all fields; written into every shard."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Hex SHA-256 of the fields; written into every shard.
+
+        Fields that came later count where they differ from their default, the hashes and what was found never:
+        shards written before stay the store's own, and the same rows stay the same bytes.
+        """
+        later = {"bos": False, "concatenate": True, "skip_special": False}
+        values = {name: value for name, value in asdict(self).items() if name not in (*_HASHES, *_FOUND)}
+        counted = {name: value for name, value in values.items() if name not in later or value != later[name]}
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+
+_HASHES = ("weights", "tokenizer_hash")
+_FOUND = ("norm_median", "norm_limit")
 
 
 @dataclass(frozen=True)
@@ -99,6 +133,15 @@ class Manifest:
     def num_bytes(self) -> int:
         """Bytes of all shards on disk."""
         return sum(shard.bytes for shard in self.shards)
+
+    def origin(self) -> dict[str, Any]:
+        """What an SAE trained on the rows records of them: model, site, text, and how rows were chosen."""
+        origin = {name: value for name, value in asdict(self.meta).items() if name not in ("d_in", "dtype")}
+        if origin["norm_median"] is None and isinstance(self.cursor, dict) and self.cursor.get("median_norm"):
+            # Stores made before the two fields were there have the median in the harvester's own state.
+            median, multiple = self.cursor["median_norm"], self.meta.max_norm_multiple
+            origin |= {"norm_median": median, "norm_limit": None if multiple is None else multiple * median}
+        return origin
 
     def write(self, folder: Path) -> None:
         """Write it atomically into ``folder``, with a hash of itself."""

@@ -85,8 +85,7 @@ class ActivationStore(ActivationSource):
 
     def origin(self) -> dict[str, Any]:
         """What an SAE trained on these activations records of them: model, layer, text, how they were chosen."""
-        names = ("model", "revision", "hook", "layer", "text", "window", "skip_positions", "max_norm_multiple")
-        return {name: getattr(self.manifest.meta, name) for name in names} | {"rows": len(self)}
+        return self.manifest.origin() | {"rows": len(self)}
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from expander_sae.evaluation.in_model import InModel, evaluate_in_model, evaluation_rows
+from expander_sae.evaluation.conventions import CONVENTIONS, Convention, convention_named
+from expander_sae.evaluation.in_model import InModel, MismatchError, differences, evaluate_in_model, evaluation_rows
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered, reconstruction
 
 __all__ = [
+    "CONVENTIONS",
+    "Convention",
     "InModel",
+    "MismatchError",
     "Reconstruction",
     "ReconstructionMeter",
     "ce_recovered",
+    "convention_named",
+    "differences",
     "evaluate_in_model",
     "evaluation_rows",
     "reconstruction",

@@ -1,23 +1,26 @@
-"""An SAE inside its language model: cross-entropy with the layer replaced."""
+"""An SAE inside its language model: cross-entropy with the activations at its site replaced."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expander_sae.evaluation.conventions import Convention, Replaced, convention_named
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered
-from expander_sae.lm import LanguageModel, continue_from, residual
+from expander_sae.lm import Hook, Intervention, LanguageModel, NormGuard, Site, mismatches, special_ids
+from expander_sae.lm.norms import Multiple, guard_for_evaluation
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
 
-Replaced = Literal["all-but-first", "all"]
-Reconstruct = Callable[[Tensor], Tensor]
+
+class MismatchError(ValueError):
+    """SAEs evaluated in another model, or at another place in it, than they were trained on."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ class InModel:
 
     Attributes:
         reconstruction: on the replaced positions.
-        ce_clean, ce_zero, ce_recon: next-token cross-entropy in nats with the residual stream left alone, set to zero,
-            set to the reconstruction, at the positions named by ``replaced``.
+        ce_clean, ce_zero, ce_recon: next-token cross-entropy in nats with the activations at the site left alone, set
+            to zero, set to the reconstruction, at the positions named by ``replaced``.
         ce_recovered: see :func:`ce_recovered`.
+        convention: by which it was measured, see :class:`Convention`.
         replaced: ``"all-but-first"`` (position 0 keeps its value: it is an attention sink) or ``"all"``.
-        left_alone: other positions that kept their value because of their norm, in all three cases.
+        left_alone: other positions that kept their value because of their norm, or as special tokens if the training
+            set has none, in all three cases.
+        norm_limit: norms above it were left alone; ``None``: no limit.
+        norm_limit_source: where the median behind the limit comes from.
         predictions: next-token predictions the cross-entropies average over.
         seconds: spent in encoding and decoding, not in the language model.
     """
@@ -40,8 +47,11 @@ class InModel:
     ce_zero: float
     ce_recon: float
     ce_recovered: float | None
+    convention: str
     replaced: Replaced
     left_alone: int
+    norm_limit: float | None
+    norm_limit_source: str
     predictions: int
     seconds: float
 
@@ -58,82 +68,135 @@ def evaluate_in_model(
     windows: Sequence[Tensor],
     layer: int,
     *,
-    replaced: Replaced = "all-but-first",
-    max_norm_multiple: float | None = 10.0,
+    hook: Hook | None = None,
+    convention: str | Convention = "ours",
+    replaced: Replaced | None = None,
+    max_norm_multiple: Multiple = "recorded",
+    allow_mismatch: bool = False,
     batch_windows: int = 4,
 ) -> dict[str, InModel]:
-    """Evaluate many SAEs on the same held-out windows, sharing the model's blocks up to ``layer``.
+    """Evaluate many SAEs on the same held-out windows, sharing what the model computes before their site.
 
     Args:
-        saes: by name; each reads the output of block ``layer``.
+        saes: by name; each reads the activations at block ``layer``.
         lm: the language model they were trained on.
         windows: token sequences ``(T,)`` of one length.
-        layer: block whose output is replaced.
-        replaced: which positions; see :class:`InModel`.
-        max_norm_multiple: leave alone and count positions whose norm exceeds this multiple of the median norm, which
-            is taken over the first batch and then held; ``None`` for no limit. As in harvesting: a single attention
-            sink in mid-window would be nearly all of the variance.
+        layer: block whose activations are replaced.
+        hook: its output (``"residual"``), attention or MLP; default: the one the SAEs record, else its output.
+        convention: how to measure, a name of :data:`CONVENTIONS`.
+        replaced: which positions, if other than the convention says.
+        max_norm_multiple: where the convention guards norms, leave alone and count positions whose norm exceeds this
+            multiple of the median norm; ``None`` for no limit. The median is the one the SAEs record, else it is taken
+            over the first 4,096 positions of the windows. ``"recorded"``: the multiple too, 10 if there is none.
+        allow_mismatch: evaluate even if weights, tokenizer, layer or hook are not those the SAEs record.
         batch_windows: windows a forward pass.
 
     Raises:
-        ValueError: an SAE of another width, no windows, windows of several lengths or shorter than two tokens.
+        ValueError: an SAE of another width, no windows, windows of several lengths, shorter than two tokens or longer
+            than the model's context, SAEs of several hooks; :class:`MismatchError` where they were trained on another
+            model or site.
     """
     if not windows or windows[0].shape[0] < 2:
         raise ValueError("evaluation needs at least one window of at least two tokens")
     if len({tuple(window.shape) for window in windows}) > 1:
         raise ValueError("the windows must have one length")
+    lm.check_window(windows[0].shape[0])
+    lm.check_layer(layer)
     for name, sae in saes.items():
         if sae.d_in != lm.d_model:
             raise ValueError(f"{name} reads d_in = {sae.d_in}, the model's residual stream has width {lm.d_model}")
-    if replaced not in ("all-but-first", "all"):
-        raise ValueError(f"replaced must be 'all-but-first' or 'all', got {replaced!r}")
-    first = 1 if replaced == "all-but-first" else 0
-    meters = {name: ReconstructionMeter(sae.d_sae) for name, sae in saes.items()}
-    seconds = dict.fromkeys(saes, 0.0)
-    ce = dict.fromkeys(["clean", "zero", *(f"sae:{name}" for name in saes)], 0.0)
-    predictions = left_alone = 0
-    limit: float | None = None
-    with progress("evaluate in the model", len(windows) * len(ce), "window") as advance:
-        for start in range(0, len(windows), batch_windows):
-            tokens = torch.stack(list(windows[start : start + batch_windows])).to(lm.device)
-            clean = residual(lm, tokens, layer)
-            predictions += tokens[:, 1:].numel()
-            variants: dict[str, Tensor] = {"clean": clean}
-            norms = clean.float().norm(dim=2)
-            if limit is None:
-                multiple = float("inf") if max_norm_multiple is None else max_norm_multiple
-                limit = multiple * float(norms[:, first:].median())
-            keep = norms <= limit
-            keep[:, :first] = False
-            left_alone += int((~keep[:, first:]).sum())
-            h = clean[keep]
-            variants["zero"] = _with_positions(clean, keep, torch.zeros_like(h))
-            for name, sae in saes.items():
-                began = time.perf_counter()
-                code = sae.encode(h.to(sae.b_dec.device))
-                recon = sae.decode(code)
-                seconds[name] += time.perf_counter() - began
-                meters[name].add(h, recon, code)
-                variants[f"sae:{name}"] = _with_positions(clean, keep, recon.to(clean))
-            for name, stream in variants.items():
-                logits = continue_from(lm, tokens, layer, stream)
-                ce[name] += float(_cross_entropy(logits, tokens))
-                advance(tokens.shape[0])
-    ce = {name: total / predictions for name, total in ce.items()}
-    return {
-        name: InModel(
-            reconstruction=meters[name].result(),
-            ce_clean=ce["clean"],
-            ce_zero=ce["zero"],
-            ce_recon=ce[f"sae:{name}"],
-            ce_recovered=ce_recovered(ce["clean"], ce["zero"], ce[f"sae:{name}"]),
-            replaced=replaced,
-            left_alone=left_alone,
-            predictions=predictions,
-            seconds=seconds[name],
+    how = convention_named(convention).with_replaced(replaced)
+    origins = _origins(saes)
+    site = Site(layer, hook or _recorded_hook(origins))
+    if not allow_mismatch and (lines := differences(saes, lm, layer, hook)):
+        raise MismatchError(
+            "this is not what the SAEs were trained on:\n  " + "\n  ".join(lines) + "\nName the model, revision, layer "
+            "and hook they were trained on, or evaluate all the same: allow_mismatch=True, on the command line "
+            "--allow-mismatch."
         )
-        for name in saes
-    }
+    run = _Run(saes, lm, windows, site, how, max_norm_multiple, origins)
+    with progress("evaluate in the model", len(windows) * len(run.ce), "window") as advance:
+        for start in range(0, len(windows), batch_windows):
+            run.add(torch.stack(list(windows[start : start + batch_windows])).to(lm.device), advance)
+    return run.results()
+
+
+class _Run:
+    """One evaluation: what is kept of a window, and the sums."""
+
+    def __init__(
+        self,
+        saes: Mapping[str, SAE],
+        lm: LanguageModel,
+        windows: Sequence[Tensor],
+        site: Site,
+        how: Convention,
+        multiple: Multiple,
+        origins: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.saes, self.how = saes, how
+        self.intervention = Intervention(lm, site)
+        skip_special = how.guarded and any(origin.get("skip_special") for origin in origins.values())
+        self.special = special_ids(lm.tokenizer).to(lm.device) if skip_special else torch.empty(0, device=lm.device)
+        self.guard = NormGuard(float("nan"), None, "the convention has no limit")
+        if how.guarded:
+            self.guard = guard_for_evaluation(origins.values(), lm, windows, site, multiple, self._calibrates)
+        self.meters = {name: ReconstructionMeter(sae.d_sae) for name, sae in saes.items()}
+        self.seconds = dict.fromkeys(saes, 0.0)
+        self.ce = dict.fromkeys(["clean", "zero", *(f"sae:{name}" for name in saes)], 0.0)
+        self.predictions = self.left_alone = 0
+
+    def _calibrates(self, tokens: Tensor) -> Tensor:
+        """Positions that the median norm is taken over: as in a harvest, not the first of a window."""
+        counted = ~torch.isin(tokens, self.special.to(tokens))
+        counted[:, 0] = False
+        return counted
+
+    def _kept(self, tokens: Tensor, clean: Tensor) -> Tensor:
+        """Which positions are replaced, bool ``(B, T)``; the others past the first are counted."""
+        keep = ~(self.guard.too_large(clean) | torch.isin(tokens, self.special.to(tokens)))
+        self.left_alone += int((~keep[:, 1:]).sum())
+        keep[:, 0] = self.how.replaced == "all"
+        return keep
+
+    def add(self, tokens: Tensor, advance: Any) -> None:
+        before = self.intervention.read(tokens)
+        clean = before.activations
+        self.predictions += tokens[:, 1:].numel()
+        keep = self._kept(tokens, clean)
+        h = clean[keep]
+        variants = {"clean": clean, "zero": _with_positions(clean, keep, torch.zeros_like(h))}
+        for name, sae in self.saes.items():
+            began = time.perf_counter()
+            code = sae.encode(h.to(sae.b_dec.device))
+            recon = sae.decode(code)
+            self.seconds[name] += time.perf_counter() - began
+            self.meters[name].add(h, recon, code)
+            variants[f"sae:{name}"] = _with_positions(clean, keep, recon.to(clean))
+        for name, activations in variants.items():
+            logits = self.intervention.logits(before, activations)
+            self.ce[name] += float(_cross_entropy(logits, tokens))
+            advance(tokens.shape[0])
+
+    def results(self) -> dict[str, InModel]:
+        ce = {name: total / self.predictions for name, total in self.ce.items()}
+        return {
+            name: InModel(
+                reconstruction=self.meters[name].result(),
+                ce_clean=ce["clean"],
+                ce_zero=ce["zero"],
+                ce_recon=ce[f"sae:{name}"],
+                ce_recovered=ce_recovered(ce["clean"], ce["zero"], ce[f"sae:{name}"]),
+                convention=self.how.name,
+                replaced=self.how.replaced,
+                left_alone=self.left_alone,
+                norm_limit=self.guard.limit,
+                norm_limit_source=self.guard.source,
+                predictions=self.predictions,
+                seconds=self.seconds[name],
+            )
+            for name in self.saes
+        }
 
 
 def evaluation_rows(
@@ -142,15 +205,22 @@ def evaluation_rows(
     windows: Sequence[Tensor],
     layer: int,
     *,
-    replaced: Replaced = "all-but-first",
+    hook: Hook | None = None,
+    convention: str | Convention = "ours",
+    replaced: Replaced | None = None,
+    max_norm_multiple: Multiple = "recorded",
+    allow_mismatch: bool = False,
 ) -> list[dict[str, Any]]:
-    """One flat row an SAE: its sizes, :class:`InModel` under its own encoder, and under OMP (``omp_...``).
+    """One flat row for each SAE: its sizes, :class:`InModel` under its own encoder, and under OMP (``omp_...``).
 
-    The same dictionary read by OMP shows what the encoder leaves on the table: the amortisation gap. Arguments and
-    errors as :func:`evaluate_in_model`.
+    The same dictionary read by OMP shows what the encoder leaves on the table: the amortisation gap. ``signed``: the
+    SAE's own codes may be negative; those of OMP always may. Arguments and errors as :func:`evaluate_in_model`.
     """
     pursued = {f"{name} (OMP)": sae.with_encoder("omp") for name, sae in saes.items()}
-    results = evaluate_in_model({**saes, **pursued}, lm, windows, layer, replaced=replaced)
+    results = evaluate_in_model(
+        {**saes, **pursued}, lm, windows, layer, hook=hook, convention=convention, replaced=replaced,
+        max_norm_multiple=max_norm_multiple, allow_mismatch=allow_mismatch,
+    )  # fmt: skip
     rows = []
     for name, sae in saes.items():
         best = results[f"{name} (OMP)"].to_dict()
@@ -163,6 +233,7 @@ def evaluation_rows(
             "dictionary": sae.dictionary.kind,
             "degree": sae.dictionary.degree,
             "encoder": sae.encoder.kind,
+            "signed": not getattr(sae.encoder, "relu", False),
             "d_sae": sae.d_sae,
             "k": sae.k,
             "num_values": sae.num_values,
@@ -172,6 +243,29 @@ def evaluation_rows(
         }
         rows.append(facts | results[name].to_dict() | under_omp)
     return rows
+
+
+def _recorded_hook(origins: Mapping[str, Mapping[str, Any]]) -> Hook:
+    hooks = {origin["hook"] for origin in origins.values() if origin.get("hook")}
+    if len(hooks) > 1:
+        raise ValueError(f"the SAEs were trained on several hooks ({', '.join(sorted(hooks))}): evaluate them apart")
+    return hooks.pop() if hooks else "residual"
+
+
+def differences(saes: Mapping[str, SAE], lm: LanguageModel, layer: int, hook: Hook | None = None) -> list[str]:
+    """In what the model and the site differ from those the SAEs record; one line for each difference.
+
+    ``hook``: the one they record by default. SAEs that record nothing differ in nothing.
+    """
+    origins = _origins(saes)
+    site = Site(layer, hook or _recorded_hook(origins))
+    lines = (line for origin in origins.values() for line in mismatches(origin, lm, site.layer, site.hook))
+    return list(dict.fromkeys(lines))
+
+
+def _origins(saes: Mapping[str, SAE]) -> dict[str, Mapping[str, Any]]:
+    found = {name: sae.metadata.get("trained_on") for name, sae in saes.items()}
+    return {name: origin if isinstance(origin, Mapping) else {} for name, origin in found.items()}
 
 
 def _with_positions(clean: Tensor, keep: Tensor, new: Tensor) -> Tensor:
