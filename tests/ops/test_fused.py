@@ -49,6 +49,6 @@ def test_errors_reach_the_caller() -> None:
     rows = Mask.build("left-regular", d_in=6, d_sae=9, degree=2).rows
     with pytest.raises(ValueError, match="k must be between 1 and d_sae = 9"):
         tied_error(torch.randn(3, 6), rows, torch.randn(9, 2), torch.zeros(9), torch.zeros(6), Selection(10))
+    selection = Selection(2, torch.zeros(1))
     with pytest.raises(ValueError, match=r"threshold must have shape \(9,\)"):
-        selection = Selection(2, torch.zeros(1))
         tied_error(torch.randn(3, 6), rows, torch.randn(9, 2), torch.zeros(9), torch.zeros(6), selection)
