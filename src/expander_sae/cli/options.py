@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import typer
 
 SEED = typer.Option(help="Seed of mask, initial values and batch order.")
@@ -12,3 +14,21 @@ MODEL = typer.Option(
 TEXT = typer.Option(
     help="`embedded`, a .txt or .jsonl file, a folder of these, or a `datasets` id (streamed). Default: the model's."
 )
+SCALE = typer.Option(
+    help="`smoke`: does it run? Seconds of computing. `laptop`: two cores, the embedded model. `paper`: its sizes and model, for a GPU with the Hub."
+)
+
+
+class Scale(StrEnum):
+    """How much an experiment does."""
+
+    smoke = "smoke"
+    laptop = "laptop"
+    paper = "paper"
+
+
+class DemoScale(StrEnum):
+    """How much the demo does."""
+
+    smoke = "smoke"
+    laptop = "laptop"

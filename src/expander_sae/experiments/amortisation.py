@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expander_sae.experiments.common.arms import PURSUITS, arms
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import over_seeds, without_seeds
-from expander_sae.experiments.common.subject import Subject, trained, weights_hash
+from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.report import picture
 from expander_sae.report.table import Column, number, signs, spread, text
@@ -27,10 +27,10 @@ FIGURES = (
 COLUMNS = (
     Column("SAE", text("name")),
     Column("values", number("num_values", ",")),
-    Column("codes", signs),
+    Column("codes", signs, words=True),
     Column("rel. error", spread("relative_error", ".3f")),
-    Column("OMP, magnitude", spread("gap", ".1%")),
-    Column("OMP, signed", spread("signed_gap", ".1%")),
+    Column("gap, OMP by magnitude", spread("gap", ".1%")),
+    Column("gap, signed OMP", spread("signed_gap", ".1%")),
     Column("CE recovered", spread("ce_recovered", ".3f")),
 )
 DETAILS = (
@@ -108,7 +108,7 @@ def run_amortisation(settings: AmortisationSettings, out: Path) -> Finding:
                 figures = ("relative_error", "fvu", "ce_recovered")
                 return own | {f"signed_omp_{figure}": signed[figure] for figure in figures}
 
-            row = cells.get(key, one, lambda key=key: weights_hash(out / key))
+            row = cells.get(key, one, lambda key=key: sae_hash(out / key))
             gaps = {
                 "gap": 1 - row["omp_relative_error"] / row["relative_error"],
                 "signed_gap": 1 - row["signed_omp_relative_error"] / row["relative_error"],
@@ -116,8 +116,8 @@ def run_amortisation(settings: AmortisationSettings, out: Path) -> Finding:
             rows.append(row | {"seed": seed} | gaps)
     table = over_seeds(rows, ("name",), FIGURES)
     notes = [
-        f"{settings.steps:,} steps of {settings.batch_size:,} each; {rows[0]['tokens']:,} held-out positions. OMP: by "
-        "how much it lowers the relative error of the own encoder, selecting by the largest magnitude of the "
+        f"{settings.steps:,} steps of {settings.batch_size:,} each; {rows[0]['tokens']:,} held-out positions. Gap: by "
+        "how much OMP lowers the relative error of the own encoder, selecting by the largest magnitude of the "
         "correlation, or by the largest signed one, as the paper does: its 15 to 25 % are to be compared with that. "
         f"± is the deviation over {len(settings.seeds)} seeds.",
         "A name with -pursuit was trained and is read by matching pursuit with a refit, -pursuit-nonneg likewise with "
@@ -144,8 +144,8 @@ def plot_amortisation(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for axes, (key, label) in zip(line, panels, strict=True):
         found = {reading: [row[f"{reading}{key}"] for row in rows] for reading in READINGS}
         axes.hlines(places, found[""], found["omp_"], color="0.7", lw=3, zorder=1)
-        for number, (reading, name) in enumerate(zip(READINGS, labels, strict=True)):
-            axes.plot(found[reading], places, label=name, **picture.style(number).points(hollow=reading != ""))
+        for place, (reading, name) in enumerate(zip(READINGS, labels, strict=True)):
+            axes.plot(found[reading], places, label=name, **picture.style(place).points(hollow=reading != ""))
         axes.set_xlabel(label)
         axes.set_yticks(places, [row["name"] for row in rows])
         axes.invert_yaxis()

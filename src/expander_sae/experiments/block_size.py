@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from expander_sae.dictionary import ExpanderDictionary, ExpanderMatrix
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import Mask
 from expander_sae.ops import SparseCode
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     Column("where", text("where")),
-    Column("data", text("data")),
-    Column("rule, L", lambda row: f"{row['rule']}, {row['block']}"),
+    Column("data", text("data"), words=True),
+    Column("rule, L", lambda row: f"{row['rule']}, {row['block']}", words=True),
     Column("µs per sample", number("microseconds", ",.2f")),
     Column("speed-up over L=1", number("over_iterative", ".2f")),
     Column("over one-shot", number("over_one_shot", ".3f")),
@@ -102,8 +102,8 @@ def run_block_size(settings: BlockSize, out: Path) -> Finding:
     )
     notes = [
         "Rule plain: the L best of a round by magnitude; disjoint: the best that share no row. L = k is one-shot "
-        "selection and a refit. Codes are signed. Speed-ups are against the plain rule on the same device and data; the "
-        "paper's Table 5 has that rule, by signed correlation, on an A10G in bf16.",
+        "selection and a refit. Codes are signed. Speed-ups are against the plain rule on the same device and data; "
+        "the paper's Table 5 has that rule, by signed correlation, on an A10G in bf16.",
         f"Planted: {settings.k} features with Gaussian coefficients and noise of {settings.noise:.0%} of the signal's "
         "norm; gaussian: no structure at all. Columns with Gaussian entries, unit norm. Median of "
         f"{settings.repeats} calls, {torch.get_num_threads()} threads. ± is the deviation over samples.",
@@ -116,11 +116,16 @@ def problem(settings: BlockSize) -> tuple[ExpanderMatrix, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(settings.seed)
     mask = Mask.build("left-regular", d_in=settings.m, d_sae=settings.n, degree=settings.d, seed=settings.seed)
     matrix = ExpanderDictionary(mask, generator=generator).matrix().detach()
-    features = torch.rand(settings.batch, settings.n, generator=generator).topk(settings.k, dim=1).indices.to(torch.int32)
+    features = (
+        torch.rand(settings.batch, settings.n, generator=generator).topk(settings.k, dim=1).indices.to(torch.int32)
+    )
     clean = matrix.decode(SparseCode(features, torch.randn(settings.batch, settings.k, generator=generator)))
     noise = torch.randn(settings.batch, settings.m, generator=generator)
     scale = settings.noise * clean.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    return matrix, {"planted": clean + scale * noise, "gaussian": torch.randn(settings.batch, settings.m, generator=generator)}
+    return matrix, {
+        "planted": clean + scale * noise,
+        "gaussian": torch.randn(settings.batch, settings.m, generator=generator),
+    }
 
 
 def measure(h: Tensor, matrix: ExpanderMatrix, settings: BlockSize, rule: str, block: int) -> dict[str, Any]:
@@ -175,9 +180,9 @@ def plot_block_size(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         for axes, key, label in zip(
             panels, ("relative_error", "microseconds"), ("relative error", picture.PER_SAMPLE), strict=True
         ):
-            for number, (where, rule) in enumerate(lines):
+            for place, (where, rule) in enumerate(lines):
                 line = [row for row in rows if (row["data"], row["where"], row["rule"]) == (kind, where, rule)]
-                look = picture.style(number).line()
+                look = picture.style(place).line()
                 axes.plot([row["block"] for row in line], [row[key] for row in line], label=f"{where}, {rule}", **look)
             axes.set_xscale("log", base=2)
             axes.set_title(f"{kind} data", fontsize=10)

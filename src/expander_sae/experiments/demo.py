@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from expander_sae.experiments.common.arms import arms, matched_width
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
-from expander_sae.experiments.common.subject import WINDOW, Subject, trained, weights_hash
+from expander_sae.experiments.common.resume import Cells
+from expander_sae.experiments.common.subject import WINDOW, Subject, sae_hash, trained
 from expander_sae.experiments.registry import Experiment
 from expander_sae.report.frontier import plot_frontier
 from expander_sae.report.table import EVALUATION_COLUMNS, EVALUATION_DETAILS
@@ -84,16 +84,18 @@ def run_demo(settings: DemoSettings, out: Path) -> Finding:
             sae.save_pretrained(out / name)
             return row
 
-        row = cells.get(name, one, lambda name=name: weights_hash(out / name))
+        row = cells.get(name, one, lambda name=name: sae_hash(out / name))
         rows.append(row)
-        print("  " + ", ".join(f"{column.heading} {column.show(row)}" for column in EVALUATION_COLUMNS), file=sys.stderr)
+        print(
+            "  " + ", ".join(f"{column.heading} {column.show(row)}" for column in EVALUATION_COLUMNS), file=sys.stderr
+        )
     meta, manifest = store.manifest.meta, store.manifest
     notes = [
-        f"{meta.model} ({meta.revision}), output of block {subject.layer}; trained on {len(store):,} vectors (left out: "
-        f"{manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), {settings.steps:,} "
+        f"{meta.model} ({meta.revision}), output of block {subject.layer}; trained on {len(store):,} vectors (left "
+        f"out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), {settings.steps:,} "
         f"steps of {settings.batch_size:,} for every SAE.",
-        f"Held out: {rows[0]['tokens']:,} positions of {settings.held_out_windows} windows of {WINDOW} tokens from other "
-        f"articles. CE recovered = (zero - recon.) / (zero - clean), in nats {rows[0]['ce_zero']:.3f} for zeros and "
+        f"Held out: {rows[0]['tokens']:,} positions of {settings.held_out_windows} windows of {WINDOW} tokens from "
+        f"other articles. CE recovered = (zero - recon.) / (zero - clean), in nats {rows[0]['ce_zero']:.3f} for zeros and "
         f"{rows[0]['ce_clean']:.3f} clean, with {rows[0]['replaced'].replace('-', ' ')} positions replaced, "
         f"{rows[0]['left_alone']} left alone for their norm.",
         "In brackets: the same dictionary read by orthogonal matching pursuit (by magnitude; signed codes). Dead: not "

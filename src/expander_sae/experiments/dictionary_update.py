@@ -12,8 +12,8 @@ import torch
 
 from expander_sae.data.sources import ActivationSource, TensorSource
 from expander_sae.evaluation import reconstruction
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import without_seeds
 from expander_sae.experiments.common.subject import Subject
 from expander_sae.experiments.registry import Experiment, register
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     Column("degree, seed", lambda row: f"{row['degree']}, {row['seed']}"),
-    Column("update", text("method")),
+    Column("update", text("method"), words=True),
     Column("steps or rounds", number("amount", ",")),
     Column("vectors coded", number("coded", ",")),
     Column("seconds", number("seconds", ",.1f")),
@@ -162,10 +162,10 @@ def plot_dictionary_update(rows: Sequence[Mapping[str, Any]], title: str) -> Fig
     degrees, methods = sorted({row["degree"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
     figure, (panels,) = picture.panels(len(degrees))
     for axes, degree in zip(panels, degrees, strict=True):
-        for number, method in enumerate(methods):
+        for place, method in enumerate(methods):
             for seed in sorted({row["seed"] for row in rows}):
                 line = [row for row in rows if (row["degree"], row["method"], row["seed"]) == (degree, method, seed)]
-                look = picture.style(number).line()
+                look = picture.style(place).line()
                 axes.plot([row["seconds"] for row in line], [row["fvu"] for row in line], label=method, **look)
         axes.set_xscale("log")
         axes.set_xlabel("seconds of learning")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from expander_sae.experiments.common.arms import untied
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import over_seeds, without_seeds
-from expander_sae.experiments.common.subject import Subject, trained, weights_hash
+from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.progress import progress
 from expander_sae.pursuit import SOLVERS
@@ -46,8 +46,8 @@ SECONDS_TIMED = 0.2  # a reading is repeated up to this, and the median call cou
 
 COLUMNS = (
     Column("dictionary, k", lambda row: f"{row['name']}, {row['k']}"),
-    Column("reading", text("method")),
-    Column("codes", signs),
+    Column("reading", text("method"), words=True),
+    Column("codes", signs, words=True),
     Column("rel. error", spread("relative_error", ".3f")),
     Column("against own", number("against_own", "+.1%")),
     Column("µs per sample", number("microseconds", ",.0f")),
@@ -120,7 +120,7 @@ def run_omp(settings: OmpSettings, out: Path) -> Finding:
                 def measure(name: str = name, arm: Mapping[str, Any] = arm, method: str = method, few: bool = few):
                     return read(sae_of(name, arm), method, h[: settings.few] if few else h)
 
-                measured = cells.get(f"{name}: {method}", measure, lambda name=name: weights_hash(out / name))
+                measured = cells.get(f"{name}: {method}", measure, lambda name=name: sae_hash(out / name))
                 rows.append(facts | {"method": method} | measured)
                 advance(1, note=f"{name} {method}")
     table = _against_own(over_seeds(rows, ("name", "k", "method"), ("relative_error", "samples_sd", "microseconds")))
@@ -161,7 +161,7 @@ def read(sae: SAE, method: str, h: Tensor) -> dict[str, Any]:
         errors = (h - reader.decode(code)).double().norm(dim=1) / h.double().norm(dim=1)
     return {
         "relative_error": float(errors.mean()),
-        "signed": bool((code.values < 0).any()),
+        "signed": reader.signed,
         "samples_sd": float(errors.std()) if len(h) > 1 else None,
         "microseconds": statistics.median(seconds) / len(h) * 1e6,
         "samples": len(h),
@@ -217,9 +217,7 @@ def plot_omp(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
                 if (row["name"], row["k"], row["samples"]) == (name, k, whole):
                     look = picture.style(methods.index(row["method"])).points()
                     spread = row.get("relative_error_sd") or 0.0
-                    axes.errorbar(
-                        row["microseconds"], row["relative_error"], spread, label=row["method"], **look
-                    )
+                    axes.errorbar(row["microseconds"], row["relative_error"], spread, label=row["method"], **look)
             axes.set_xscale("log")
             axes.set_title(f"{name}, k = {k}", fontsize=10)
         line[0].set_ylabel("relative error")

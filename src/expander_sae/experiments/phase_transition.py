@@ -23,8 +23,8 @@ from torch import Tensor
 
 from expander_sae import files
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
-from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.ops import SparseCode

@@ -17,6 +17,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from expander_sae.experiments.common.results import Finding, conclude
 from expander_sae.experiments.common.settings import described, revised
+from expander_sae.registry import Registry, unknown
 from expander_sae.report.picture import Picture
 from expander_sae.report.table import DASH, WIDEST, Column, markdown_table, text
 
@@ -55,7 +56,9 @@ class Experiment(Generic[Settings]):
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name) or not self.question.endswith("?"):
-            raise ValueError(f"an experiment has a lower-case name and a question, got {self.name!r}, {self.question!r}")
+            raise ValueError(
+                f"an experiment has a lower-case name and a question, got {self.name!r}, {self.question!r}"
+            )
         for columns in (self.columns, self.details):
             if len(columns) > WIDEST:
                 raise ValueError(f"{self.name}: a table has at most {WIDEST} columns, got {len(columns)}")
@@ -77,7 +80,7 @@ class Experiment(Generic[Settings]):
             ValueError: unknown scale or setting, a value that does not fit, or ``seeds`` where there are none.
         """
         if scale not in self.sizes:
-            raise ValueError(f"{self.name} has no scale {scale!r}; choose one of {', '.join(map(repr, self.sizes))}")
+            raise ValueError(unknown(f"scale of {self.name}", scale, self.sizes))
         settings = revised(self.sizes[scale], changes)  # type: ignore[index]
         if seeds is None:
             return settings
@@ -86,18 +89,15 @@ class Experiment(Generic[Settings]):
         return replace(settings, seeds=tuple(range(seeds)))  # type: ignore[type-var]
 
 
-REGISTRY: dict[str, Experiment[Any]] = {}
+REGISTRY: Registry[Experiment[Any]] = Registry("experiment")
 
 
 def register(experiment: Experiment[Any]) -> Experiment[Any]:
     """Make an experiment known. Raises ``ValueError`` for a name that is taken or a scale that is missing."""
-    if experiment.name in REGISTRY:
-        raise ValueError(f"there are two experiments called {experiment.name!r}")
     missing = [scale for scale in SCALES if scale not in experiment.sizes]
     if missing:
         raise ValueError(f"the experiment {experiment.name!r} lacks the scale {', '.join(missing)}")
-    REGISTRY[experiment.name] = experiment
-    return experiment
+    return REGISTRY.add(experiment.name, experiment)
 
 
 def discover() -> dict[str, Experiment[Any]]:
@@ -138,7 +138,7 @@ def folder_of(name: str, scale: str) -> Path:
     return Path("runs") / (name if scale == "laptop" else f"{name}-{scale}")
 
 
-LIST_COLUMNS = (Column("experiment", text("name")), Column("what it answers", text("question")))
+LIST_COLUMNS = (Column("experiment", text("name")), Column("what it answers", text("question"), words=True))
 
 
 def listed() -> list[dict[str, Any]]:
@@ -156,8 +156,8 @@ def markdown() -> str:
         "`python -m expander_sae.experiments > docs/experiments.md`; a test compares.",
         markdown_table(listed(), commands).rstrip(),
         "\n".join(f"- {line}" for line in scales),
-        "Each continues after an interruption, does nothing twice, and writes `results.json` (everything), `results.md` "
-        "(the tables) and a picture. `--set name=value` changes any setting below, `--seeds N` the number of seeds.",
+        "Each continues after an interruption, does nothing twice, and writes `results.json` (everything), "
+        "`results.md` (the tables) and a picture. `--set name=value` changes any setting below, `--seeds N` the number of seeds.",
     ]
     for name, experiment in discover().items():
         parts += [f"## {name}", experiment.question, _settings_table(experiment)]
@@ -167,7 +167,7 @@ def markdown() -> str:
 def _settings_table(experiment: Experiment[Any]) -> str:
     columns = [Column("setting", lambda row: f"`{row['name']}`")]
     columns += [Column(scale, text(scale)) for scale in SCALES]
-    columns += [Column("meaning", text("meaning"))]
+    columns += [Column("meaning", text("meaning"), words=True)]
     return markdown_table(setting_rows(experiment), columns).rstrip()
 
 

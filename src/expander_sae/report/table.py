@@ -21,10 +21,11 @@ WIDEST = 7
 
 @dataclass(frozen=True)
 class Column:
-    """A heading and how to show a row under it."""
+    """A heading and how to show a row under it; ``words`` stand to the left, as in the first column, figures right."""
 
     heading: str
     show: Callable[[Row], str]
+    words: bool = False
 
 
 def number(key: str, spec: str) -> Callable[[Row], str]:
@@ -66,7 +67,7 @@ EVALUATION_COLUMNS = (
     Column("SAE", text("name")),
     Column("d_sae, k", lambda row: f"{row['d_sae']:,}, {row['k']}"),
     Column("values, on disk", lambda row: f"{row['num_values']:,}, {human_bytes(row['num_bytes'])}"),
-    Column("codes", signs),
+    Column("codes", signs, words=True),
     Column("FVU (OMP)", beside(number("fvu", ".3f"), number("omp_fvu", ".3f"))),
     Column("CE rec. (OMP)", beside(number("ce_recovered", ".3f"), number("omp_ce_recovered", ".3f"))),
     Column("train s", number("train_seconds", ",.1f")),
@@ -75,7 +76,7 @@ EVALUATION_COLUMNS = (
 
 EVALUATION_DETAILS = (
     Column("SAE", text("name")),
-    Column("encoder", text("encoder")),
+    Column("encoder", text("encoder"), words=True),
     Column("rel. error (OMP)", beside(number("relative_error", ".3f"), number("omp_relative_error", ".3f"))),
     Column("CE recon. (OMP)", beside(number("ce_recon", ".3f"), number("omp_ce_recon", ".3f"))),
     Column("L0", number("l0", ".1f")),
@@ -90,7 +91,7 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str = "")
     # As Text: square brackets in a name are no markup.
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        align = "left" if column is columns[0] else "right"
+        align = "left" if column.words or column is columns[0] else "right"
         table.add_column(Text(column.heading), justify=align, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(column.show(row)) for column in columns))
@@ -101,7 +102,7 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str = "")
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The same as Markdown; what a cell shows cannot break the table."""
     lines = [_line(column.heading for column in columns)]
-    lines.append("|---|" + "---:|" * (len(columns) - 1))
+    lines.append("|---|" + "".join("---|" if column.words else "---:|" for column in columns[1:]))
     lines += [_line(column.show(row) for column in columns) for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ PURSUITS: dict[str, dict[str, Any]] = {
     "pursuit": {"preset": "pursuit"},
     "pursuit-nonneg": {"preset": "pursuit", "encoder_options": {"nonnegative": True}},
 }
-"""Ways to train and read by pursuit: with signed codes, which reconstruct best, and with codes that are not negative."""
+"""Ways to train and read by pursuit: with signed codes, which reconstruct best, and with codes of one sign."""
 
 
 def matched_width(d_in: int, d_sae: int, degree: int) -> int:

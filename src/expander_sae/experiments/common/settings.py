@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from expander_sae.registry import unknown
 
 Settings = TypeVar("Settings")
 
@@ -25,9 +27,7 @@ def revised(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     for name, value in changes.items():
         head, _, key = name.partition(".")
         if head not in hints:
-            close = difflib.get_close_matches(head, hints, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"unknown setting {head!r}; {hint}the settings are {', '.join(hints)}")
+            raise ValueError(unknown("setting", head, hints))
         if key:
             value = dict(values.get(head, getattr(settings, head))) | {key: value}
         values[head] = fitted(head, hints[head], value)
@@ -59,10 +59,10 @@ def described(kind: type) -> dict[str, str]:
     """What each field of a dataclass means, by name: the docstring under it, in one line, with the choices it has."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     texts: dict[str, str] = {}
-    for field, after in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                texts[field.target.id] = " ".join(after.value.value.split())
+    for field, after in itertools.pairwise(body):
+        match field, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                texts[name] = " ".join(said.split())
     missing = [one.name for one in fields(kind) if one.name not in texts]  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{kind.__name__}: no docstring under {', '.join(missing)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,9 @@ from torch import Tensor
 from expander_sae import lm as language
 from expander_sae.data import MANIFEST, ActivationStore
 from expander_sae.evaluation import evaluation_rows
-from expander_sae.files import cache_dir, sha256_file
+from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
+from expander_sae.sae.folder import CONFIG_NAME, read_config
 from expander_sae.training.recipe import resolve
 from expander_sae.training.trainer import train
 
@@ -72,8 +74,12 @@ class Subject:
         return list(language.sample_windows(self.lm.tokenizer, self.text, "heldout", WINDOW, count))
 
     def evaluate(self, saes: Mapping[str, SAE], windows: int) -> list[dict[str, Any]]:
-        """Rows of :func:`~expander_sae.evaluation.evaluation_rows` on so many held-out windows, in the model."""
-        return evaluation_rows(saes, self.lm, self.windows(windows), self.layer)
+        """Rows of :func:`~expander_sae.evaluation.evaluation_rows` on so many held-out windows, in the model.
+
+        ``signed`` says whether codes may be negative.
+        """
+        rows = evaluation_rows(saes, self.lm, self.windows(windows), self.layer)
+        return [{"signed": saes[row["name"]].signed} | row for row in rows]
 
 
 def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
@@ -85,7 +91,13 @@ def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out:
     return sae
 
 
-def weights_hash(folder: Path) -> str | None:
-    """A hash of the SAE's tensors in ``folder``; ``None`` if there is no SAE."""
-    parts = [sha256_file(path) for path in sorted(folder.glob("sae*.safetensors"))]
-    return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else None
+def sae_hash(folder: Path) -> str | None:
+    """A hash of the SAE in ``folder``, whatever its metadata; ``None`` if there is none.
+
+    Raises:
+        SAEFolderError: the folder's config is damaged.
+    """
+    if not (folder / CONFIG_NAME).exists():
+        return None
+    same = {key: value for key, value in read_config(folder).items() if key not in ("metadata", "config_sha256")}
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
