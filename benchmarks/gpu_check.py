@@ -213,10 +213,10 @@ def main() -> int:
 def pursue(run: Run, *, rehearse: bool) -> None:
     # Imported late: it brings in the experiments, and a machine that lacks what they need can still do the rest.
     from benchmarks.gpu_pursuit import time_block_sizes
-    from expander_sae.experiments.block_size import FULL, BlockSize
+    from expander_sae.experiments.block_size import BlockSize
 
     toy = BlockSize(m=16, n=64, d=3, k=4, batch=4, blocks=(1, 2, 4), repeats=1)
-    time_block_sizes(run, toy if rehearse else FULL)
+    time_block_sizes(run, toy if rehearse else BlockSize())
 
 
 if __name__ == "__main__":

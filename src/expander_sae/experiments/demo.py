@@ -3,103 +3,118 @@
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from expander_sae import lm as language
-from expander_sae.evaluation import evaluation_rows
-from expander_sae.experiments.common.embedded import LAYER, PRESET, WINDOW, activations, train_arm
-from expander_sae.experiments.common.record import conclude
+from expander_sae.experiments.common.arms import arms, matched_width
+from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
+from expander_sae.experiments.common.subject import WINDOW, Subject, sae_hash, trained
+from expander_sae.experiments.registry import Experiment
 from expander_sae.report.frontier import plot_frontier
-from expander_sae.report.table import EVALUATION_COLUMNS
+from expander_sae.report.table import EVALUATION_COLUMNS, EVALUATION_DETAILS
 from expander_sae.training.recipe import resolve
 
 METRICS = ("relative_error", "fvu", "l0", "ce_clean", "ce_zero", "ce_recon", "ce_recovered", "replaced", "tokens")
 
 
 @dataclass(frozen=True)
-class DemoSize:
-    """How much the demo does.
+class DemoSettings:
+    """How much the demo does."""
 
-    Attributes:
-        tokens: activation vectors harvested.
-        steps: optimiser steps of every arm.
-        batch_size: activation vectors a step.
-        held_out_windows: windows of other articles, ``WINDOW`` tokens each, for the evaluation.
+    model: str = "embedded"
+    """Language model studied."""
+    tokens: int = 300_000
+    """Activation vectors harvested."""
+    steps: int = 750
+    """Steps of every training."""
+    batch_size: int = 1024
+    """Activation vectors in each step."""
+    held_out_windows: int = 24
+    """Windows of other articles for the evaluation."""
+    d_sae: int = 4608
+    """Features of the expanders and of the wide dense SAE."""
+    k: int = 32
+    """Features per sample."""
+    degrees: tuple[int, ...] = (7, 30)
+    """An expander for each, and a dense SAE that learns as many values."""
+    seed: int = 0
+    """Of masks, initial values and batch order."""
+
+
+def demo_arms(d_in: int, settings: DemoSettings) -> dict[str, dict[str, Any]]:
+    """The SAEs compared: for each degree an expander, the dense SAE of as many values, and the expander by pursuit.
+
+    The cheap ones come first, so that there is something to see; the wide dense SAE takes longest and is the last.
     """
-
-    tokens: int
-    steps: int
-    batch_size: int
-    held_out_windows: int
-
-
-FULL = DemoSize(tokens=300_000, steps=750, batch_size=1024, held_out_windows=24)
-QUICK = replace(FULL, steps=150, batch_size=512, held_out_windows=6)
-
-
-def arms(d_in: int, d_sae: int, k: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The SAEs compared, as settings.
-
-    An expander a degree with a TopK encoder, the same trained and read by pursuit, the dense TopK SAE, and a
-    matched-width dense SAE a degree: ``n' = d·n/m`` tied features, so that it learns as many values as its expander.
-    """
-    settings: dict[str, dict[str, Any]] = {}
-    for degree in degrees:
-        expander = {"dictionary": "expander", "d_sae": d_sae, "degree": degree, "k": k}
-        settings[f"expander-d{degree}"] = expander
-        settings[f"expander-d{degree}-pursuit"] = {"preset": "pursuit", **expander}
-    # An untied encoder's small entries want smaller steps: the best of 2e-3, 4e-3, 8e-3 at this length.
-    settings[f"dense-n{d_sae}"] = {"dictionary": "dense", "encoder": "untied", "d_sae": d_sae, "k": k, "lr": 4e-3}
-    for degree in degrees:
-        width = degree * d_sae // d_in
-        settings[f"dense-n{width}"] = {"dictionary": "dense", "d_sae": width, "k": min(k, width)}
-    return settings
-
-
-def run_demo(out: str | Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
-    """Run the demo; interrupted and started again, it continues. Returns the rows of the table it prints.
-
-    Writes ``results.json``, ``results.md``, ``frontier.png`` and a folder for every SAE into ``out``.
-    """
-    began = time.perf_counter()
-    out, size = Path(out), QUICK if quick else FULL
-    print(
-        f"Demo: {size.tokens:,} tokens of layer {LAYER}, {size.steps:,} steps of {size.batch_size:,}, "
-        f"{size.held_out_windows} held-out windows of {WINDOW} tokens; results in {out}",
-        file=sys.stderr,
-    )
-    lm = language.load_model(language.EMBEDDED)
-    store = activations(size.tokens)
-    shared = {"steps": size.steps, "batch_size": size.batch_size, "seed": seed}
-    shared["dead_after"] = size.steps * size.batch_size // 4
-    recipes = {
-        name: resolve(settings, shared)
-        for name, settings in arms(lm.d_model, PRESET.d_sae, PRESET.k, PRESET.degrees).items()
+    every = arms(d_in, settings.d_sae, settings.k, settings.degrees)
+    names = []
+    for degree in settings.degrees:
+        width = matched_width(d_in, settings.d_sae, degree)
+        names += [f"expander-d{degree}", f"dense-n{width}", f"expander-d{degree}-pursuit"]
+    names.append(f"dense-n{settings.d_sae}")
+    shared = {
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "dead_after": settings.steps * settings.batch_size // 4,
     }
-    saes = {name: train_arm(name, recipe, store, out / name) for name, recipe in recipes.items()}
-    windows = language.sample_windows(lm.tokenizer, language.EMBEDDED, "heldout", WINDOW, size.held_out_windows)
-    rows = evaluation_rows(saes, lm, list(windows), LAYER)
-    for row in rows:
-        sae = saes[row["name"]]
-        sae.metadata["metrics"] = {key: row[key] for key in METRICS}
-        sae.save_pretrained(out / row["name"])
-    manifest = store.manifest
+    return {name: every[name] | shared for name in names}
+
+
+def run_demo(settings: DemoSettings, out: Path) -> Finding:
+    """Train and evaluate one SAE after the other, showing each result at once; one row for each.
+
+    Puts a folder for every SAE into ``out``. SAEs that are there, and their evaluation, are not computed again.
+    """
+    subject = Subject.of(settings.model)
+    store = subject.activations(settings.tokens)
+    chosen = demo_arms(store.d_in, settings)
+    recipes = {name: resolve(arm).to_dict() for name, arm in chosen.items()}
+    cells = Cells(out, {"size": asdict(settings), "trained_on": store.origin()})
+    rows = []
+    for name, arm in chosen.items():
+
+        def one(name: str = name, arm: Mapping[str, Any] = arm) -> dict[str, Any]:
+            sae = trained(name, arm, store, out)
+            (row,) = subject.evaluate({name: sae}, settings.held_out_windows)
+            sae.metadata["metrics"] = {key: row[key] for key in METRICS}
+            sae.save_pretrained(out / name)
+            return row
+
+        row = cells.get(name, one, lambda name=name: sae_hash(out / name))
+        rows.append(row)
+        print(
+            "  " + ", ".join(f"{column.heading} {column.show(row)}" for column in EVALUATION_COLUMNS), file=sys.stderr
+        )
+    meta, manifest = store.manifest.meta, store.manifest
     notes = [
-        f"{lm.name} ({lm.revision}), output of block {LAYER}; trained on {len(store):,} vectors "
-        f"(left out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), "
-        f"{size.steps:,} steps of {size.batch_size:,} for every SAE. Dead: not fired in the last "
-        f"{shared['dead_after']:,} training tokens.",
-        f"Held out: {rows[0]['tokens']:,} positions of {len(windows)} windows from other articles. CE in nats with "
-        f"{rows[0]['replaced'].replace('-', ' ')} positions replaced, {rows[0]['left_alone']} left alone "
-        "for their norm; CE recovered = (zero - recon.) / (zero - clean). "
-        "OMP: the same dictionary read by orthogonal matching pursuit.",
+        f"{meta.model} ({meta.revision}), output of block {subject.layer}; trained on {len(store):,} vectors (left "
+        f"out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), {settings.steps:,} "
+        f"steps of {settings.batch_size:,} for every SAE.",
+        f"Held out: {rows[0]['tokens']:,} positions of {settings.held_out_windows} windows of {WINDOW} tokens from "
+        f"other articles. CE recovered = (zero - recon.) / (zero - clean), in nats {rows[0]['ce_zero']:.3f} for zeros and "
+        f"{rows[0]['ce_clean']:.3f} clean, with {rows[0]['replaced'].replace('-', ' ')} positions replaced, "
+        f"{rows[0]['left_alone']} left alone for their norm.",
+        "In brackets: the same dictionary read by orthogonal matching pursuit (by magnitude; signed codes). Dead: not "
+        f"fired in the last {settings.steps * settings.batch_size // 4:,} training tokens.",
     ]
-    title = f"Storage and fidelity, {PRESET.hub_id} layer {LAYER}" + (" (quick)" if quick else "")
-    settings = {"size": asdict(size), "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()}}
-    folders = (f"{len(saes)} SAE folders",)
-    conclude(out, rows, EVALUATION_COLUMNS, settings, title, notes, "frontier.png", plot_frontier, also=folders)
-    print(f"Took {time.perf_counter() - began:.0f} s.")
-    return rows
+    facts = {"recipes": recipes}
+    return Finding(rows, f"Storage and fidelity, {subject}", notes, facts, (f"{len(rows)} SAE folders",))
+
+
+DEMO = Experiment(
+    name="demo",
+    question="What do Expander SAEs keep of a language model, for how many stored values?",
+    sizes={
+        "smoke": DemoSettings(tokens=8192, steps=50, batch_size=256, held_out_windows=2),
+        "laptop": DemoSettings(),
+    },
+    run=run_demo,
+    columns=EVALUATION_COLUMNS,
+    picture=plot_frontier,
+    details=EVALUATION_DETAILS,
+)
+"""Run by ``expander-sae demo``; not among those that ``reproduce`` offers."""

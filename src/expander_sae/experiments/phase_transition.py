@@ -1,8 +1,8 @@
-"""``phase-transition``: where a solver stops recovering planted codes, over ``δ = m/n`` and ``ρ = k/m``.
+"""``reproduce phase-transition``: where a solver stops recovering planted codes, over ``δ = m/n`` and ``ρ = k/m``.
 
 The empirical protocol of Donoho and Tanner: at every ``(δ, ρ)`` some random problems, success where the code comes
 back within a tolerance, and for each ``δ`` a logistic curve ``p(ρ) = 1 / (1 + exp(-b0 (1 - b1 ρ)))`` by maximum
-likelihood on the counts, whose 50 % point is ``ρ* = 1 / b1`` (THEORY C.9).
+likelihood on the counts, whose 50 % point is ``ρ* = 1 / b1``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +23,9 @@ from torch import Tensor
 
 from expander_sae import files
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
-from expander_sae.experiments.common.cells import Cells
-from expander_sae.experiments.common.record import conclude
+from expander_sae.experiments.common.results import Finding
+from expander_sae.experiments.common.resume import Cells
+from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.ops import SparseCode
 from expander_sae.progress import progress
@@ -35,8 +34,6 @@ from expander_sae.report.phase import plot_phase_transition
 from expander_sae.report.table import Column, number
 
 DENSE = "dense"
-VALUES = ("flat", "gaussian", "binary")
-COEFFICIENTS = ("gaussian", "signs")
 _STEEPEST = 1000.0  # b0 of a transition sharper than the grid can tell
 
 COLUMNS = (
@@ -49,62 +46,60 @@ COLUMNS = (
 )
 
 
-def steps_to(largest: float, count: int) -> tuple[float, ...]:
-    """``count`` even steps from 0, excluded, to ``largest``."""
-    return tuple(round(largest * step / count, 4) for step in range(1, count + 1))
-
-
 @dataclass(frozen=True)
-class PhaseConfig:
-    """The problems of a map and who solves them.
-
-    Attributes:
-        solver, options: a name of :data:`expander_sae.pursuit.SOLVERS` and its options.
-        mask: a kind of :data:`expander_sae.mask.CONSTRUCTIONS`, or ``"dense"``: independent Gaussian entries, no mask.
-        degree: rows a column uses.
-        values: ``"flat"`` (random signs), ``"gaussian"`` or ``"binary"`` (all equal); columns have unit norm.
-        coefficients: of the planted code, ``"gaussian"`` or ``"signs"`` (±1).
-        n: columns; ``m`` and ``k`` follow from ``deltas`` and ``rhos``.
-        trials: problems a cell, over ``draws`` masks and values.
-        noise: norm of the noise as a fraction of the signal's.
-        tolerance: relative error ``‖x̂ - x‖ / ‖x‖`` up to which a code counts as recovered; ``None`` for
-            ``max(.001, 5 · noise)``. Small coefficients make it matter: OMP at m=512, n=4096, d=7 recovers half of the
-            Gaussian codes up to k=142 at .01, 116 at .001 and 110 at .0001; of codes of signs up to 52 at any.
-        seed: every cell draws from it and its own ``m`` and ``k``, whatever else is on the grid.
-    """
+class PhaseSettings:
+    """The problems of ``reproduce phase-transition`` and who solves them."""
 
     solver: str = "omp"
+    """A pursuit, such as `omp`, `matching-pursuit`, `parallel-l0`."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Options of the solver, as `options.block=4`."""
     mask: str = "left-regular"
+    """Kind of mask; `dense` is none: independent Gaussian entries."""
     degree: int = 7
-    values: str = "flat"
-    coefficients: str = "gaussian"
+    """Rows each column uses."""
+    values: Literal["flat", "gaussian", "binary"] = "flat"
+    """Of the columns, which have unit norm: `flat` is random signs, `binary` all equal."""
+    coefficients: Literal["gaussian", "signs"] = "gaussian"
+    """Of the planted code; `signs` is ±1."""
     n: int = 1024
-    deltas: tuple[float, ...] = steps_to(0.5, 10)
-    rhos: tuple[float, ...] = steps_to(0.6, 20)
+    """Columns; `m` and `k` follow from `δ = m/n` and `ρ = k/m`."""
+    max_delta: float = 0.5
+    """Largest δ of the map."""
+    deltas: int = 10
+    """Even steps of δ from 0, excluded, to the largest."""
+    max_rho: float = 0.6
+    """Largest ρ of the map."""
+    rhos: int = 20
+    """Even steps of ρ likewise."""
     trials: int = 48
+    """Problems at each point of the map."""
     draws: int = 4
+    """Masks and values that the problems of a point are dealt over."""
     noise: float = 0.0
+    """Norm of the noise as a fraction of the signal's."""
     tolerance: float | None = None
+    """Relative error up to which a code counts as recovered; by default the larger of .001 and 5 · noise. Small
+    coefficients make it matter: OMP at m=512, n=4096, d=7 recovers half of the Gaussian codes up to k=142 at .01, 116
+    at .001 and 110 at .0001; of codes of signs up to 52 at any."""
     seed: int = 0
+    """Every point draws from it and its own `m` and `k`, whatever else is on the map."""
 
     def __post_init__(self) -> None:
         check_options(self.solver, self.options)
-        for name, value, known in (
-            ("mask", self.mask, (*CONSTRUCTIONS, DENSE)),
-            ("values", self.values, VALUES),
-            ("coefficients", self.coefficients, COEFFICIENTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        for name, grid in (("deltas", self.deltas), ("rhos", self.rhos)):
-            if not grid or not all(0 < x <= 1 for x in grid):
-                raise ValueError(f"{name} must lie in (0, 1], got {list(grid)}")
+        known = (*CONSTRUCTIONS, DENSE)
+        if self.mask not in known:
+            raise ValueError(f"mask must be one of {', '.join(map(repr, known))}, got {self.mask!r}")
+        for name in ("max_delta", "max_rho"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if self.deltas < 1 or self.rhos < 1:
+            raise ValueError(f"deltas and rhos must be at least 1, got {self.deltas} and {self.rhos}")
         if not 1 <= self.draws <= self.trials:
             raise ValueError(f"draws must be between 1 and trials = {self.trials}, got {self.draws}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must not be negative, got {self.noise}")
-        smallest = min(round(delta * self.n) for delta in self.deltas)
+        smallest = min(m for _, m, _ in self.sizes())
         if self.mask != DENSE and smallest < self.degree:
             raise ValueError(
                 f"the smallest m is {smallest}, a column uses {self.degree} rows: raise n or the smallest delta"
@@ -112,103 +107,100 @@ class PhaseConfig:
 
     @property
     def success_below(self) -> float:
+        """Relative error up to which a code counts as recovered."""
         return max(0.001, 5 * self.noise) if self.tolerance is None else self.tolerance
 
     def sizes(self) -> list[tuple[float, int, list[int]]]:
         """``(δ, m, the distinct k)`` of the map."""
         rows = []
-        for delta in self.deltas:
+        for delta in steps_to(self.max_delta, self.deltas):
             m = round(delta * self.n)
-            rows.append((delta, m, sorted({max(1, round(rho * m)) for rho in self.rhos})))
+            rows.append((delta, m, sorted({max(1, round(rho * m)) for rho in steps_to(self.max_rho, self.rhos)})))
         return rows
 
 
-def quick(config: PhaseConfig) -> PhaseConfig:
-    """The same in a coarse map of small problems: a first look."""
-    rhos = config.rhos[1 :: max(1, len(config.rhos) // 8)]
-    return replace(config, n=min(config.n, 512), deltas=config.deltas[1::3], rhos=rhos, trials=12, draws=2)
+def steps_to(largest: float, count: int) -> tuple[float, ...]:
+    """``count`` even steps from 0, excluded, to ``largest``."""
+    return tuple(round(largest * step / count, 4) for step in range(1, count + 1))
 
 
-def run_phase_transition(out: str | Path, config: PhaseConfig) -> list[dict[str, Any]]:
-    """Draw the map; interrupted and started again, it continues. Returns the transitions, one row a ``δ``.
+LAPTOP = PhaseSettings()
+SMOKE = PhaseSettings(n=128, degree=4, deltas=2, rhos=4, trials=4, draws=2)
+PAPER = PhaseSettings(n=4096, deltas=16, rhos=30, trials=200, draws=20)
 
-    Writes ``map.csv`` (every cell with its Wilson interval), ``map.png``, and the transitions as ``results.json`` and
-    ``results.md`` into ``out``.
+
+def run_phase_transition(settings: PhaseSettings, out: Path) -> Finding:
+    """Draw the map; one row for each ``δ``, with the points of the map under ``points``.
+
+    Writes ``map.csv``: every point with its Wilson interval.
     """
-    out = Path(out)
-    # Cells are errors and know no neighbours: a grid may be refined, and the tolerance changed, in the same folder.
-    cells = Cells(
-        out, {key: value for key, value in asdict(config).items() if key not in ("deltas", "rhos", "tolerance")}
-    )
-    sizes = config.sizes()
-    print(f"{config.solver} on {describe(config)}; results in {out}", file=sys.stderr)
-    grid: list[dict[str, Any]] = []
-    with progress("Phase transition", sum(len(ks) for _, _, ks in sizes), "cell") as advance:
+    # Cells are errors and know no neighbours: a map may be refined, and the tolerance changed, in the same folder.
+    grid = ("max_delta", "deltas", "max_rho", "rhos", "tolerance")
+    cells = Cells(out, {key: value for key, value in asdict(settings).items() if key not in grid})
+    sizes = settings.sizes()
+    rows: list[dict[str, Any]] = []
+    with progress("Phase transition", sum(len(ks) for _, _, ks in sizes), "point") as advance:
         for delta, m, ks in sizes:
+            points = []
             for k in ks:
-                errors = cells.get(f"m={m}, k={k}", lambda m=m, k=k: recovery_errors(config, m, k))
-                grid.append(_cell(delta, m, k, errors, config.success_below))
-                advance(1, note=f"m={m} k={k} {grid[-1]['rate']:.0%}")
-    transitions = []
-    for delta, m, _ in sizes:
-        row = [cell for cell in grid if cell["m"] == m]
-        fit = fit_transition([c["rho"] for c in row], [c["successes"] for c in row], [c["trials"] for c in row])
-        k50 = fit["rho50"] * m if fit["rho50"] is not None else None
-        transitions.append({"delta": delta, "m": m, "k50": k50} | fit)
-    chosen = "".join(f" {name}={value}" for name, value in config.options.items())
-    title = f"Recovery by {config.solver}{chosen}, {describe(config)}"
+                errors = cells.get(f"m={m}, k={k}", lambda m=m, k=k: recovery_errors(settings, m, k))
+                points.append(_point(delta, m, k, errors, settings.success_below))
+                advance(1, note=f"m={m} k={k} {points[-1]['rate']:.0%}")
+            columns = ([point[key] for point in points] for key in ("rho", "successes", "trials"))
+            fit = fit_transition(*columns)
+            k50 = fit["rho50"] * m if fit["rho50"] is not None else None
+            rows.append({"delta": delta, "m": m, "k50": k50} | fit | {"points": points})
+    chosen = "".join(f" {name}={value}" for name, value in settings.options.items())
     notes = [
-        f"{config.trials} problems a cell over {config.draws} draws of the dictionary; recovered: relative error of "
-        f"the code at most {config.success_below:g}. Coefficients: {config.coefficients}. 50 %: maximum-likelihood "
-        "logistic in ρ at each δ.",
+        f"{settings.trials} problems at each point over {settings.draws} draws of the dictionary; recovered: relative "
+        f"error of the code at most {settings.success_below:g}. Coefficients: {settings.coefficients}, signed. 50 %: "
+        "maximum-likelihood logistic in ρ at each δ.",
     ]
-    files.atomic_write_bytes(out / "map.csv", _csv(grid))
-    plot = partial(plot_phase_transition, grid)
-    conclude(out, transitions, COLUMNS, asdict(config), title, notes, "map.png", plot, also=("map.csv",))
-    return transitions
+    files.atomic_write_bytes(out / "map.csv", _csv([point for row in rows for point in row["points"]]))
+    return Finding(rows, f"Recovery by {settings.solver}{chosen}, {describe(settings)}", notes, also=("map.csv",))
 
 
-def describe(config: PhaseConfig) -> str:
+def describe(settings: PhaseSettings) -> str:
     """The ensemble in words."""
-    noise = f", noise {config.noise:g}" if config.noise else ""
-    if config.mask == DENSE:
-        return f"dense Gaussian columns, n={config.n}{noise}"
-    return f"{config.mask} masks, {config.values} values, d={config.degree}, n={config.n}{noise}"
+    noise = f", noise {settings.noise:g}" if settings.noise else ""
+    if settings.mask == DENSE:
+        return f"dense Gaussian columns, n={settings.n}{noise}"
+    return f"{settings.mask} masks, {settings.values} values, d={settings.degree}, n={settings.n}{noise}"
 
 
-def recovery_errors(config: PhaseConfig, m: int, k: int) -> list[float]:
-    """Relative errors ``‖x̂ - x‖ / ‖x‖`` of ``config.trials`` planted codes, rounded to 4 digits."""
+def recovery_errors(settings: PhaseSettings, m: int, k: int) -> list[float]:
+    """Relative errors ``‖x̂ - x‖ / ‖x‖`` of ``settings.trials`` planted codes, rounded to 4 digits."""
     errors: list[float] = []
-    run, options = solver(config.solver), dict(config.options)
+    run, options = solver(settings.solver), dict(settings.options)
     if "block" in options:  # a code of one feature has no blocks of four
         options["block"] = min(options["block"], k)
-    for draw in range(config.draws):
-        count = config.trials // config.draws + (draw < config.trials % config.draws)
-        seed = int(np.random.SeedSequence([config.seed, m, k, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        matrix, code, h = planted(config, m, k, count, seed)
-        found = run(h, matrix, k, **options).to_dense(config.n)
-        truth = code.to_dense(config.n)
+    for draw in range(settings.draws):
+        count = settings.trials // settings.draws + (draw < settings.trials % settings.draws)
+        seed = int(np.random.SeedSequence([settings.seed, m, k, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        matrix, code, h = planted(settings, m, k, count, seed)
+        found = run(h, matrix, k, **options).to_dense(settings.n)
+        truth = code.to_dense(settings.n)
         errors += ((found - truth).norm(dim=1) / truth.norm(dim=1)).tolist()
     # A solver that ran away is no better than one that found nothing, and infinity is no JSON.
     return [float(f"{error:.4g}") if math.isfinite(error) else 1e9 for error in errors]
 
 
-def planted(config: PhaseConfig, m: int, k: int, count: int, seed: int) -> tuple[Matrix, SparseCode, Tensor]:
+def planted(settings: PhaseSettings, m: int, k: int, count: int, seed: int) -> tuple[Matrix, SparseCode, Tensor]:
     """A random matrix, ``count`` codes on it, and ``h = Wx + noise``."""
     generator = torch.Generator().manual_seed(seed)
-    if config.mask == DENSE:
-        matrix: Matrix = DenseDictionary.random(m, config.n, generator=generator).matrix().detach()
+    if settings.mask == DENSE:
+        matrix: Matrix = DenseDictionary.random(m, settings.n, generator=generator).matrix().detach()
     else:
-        mask = Mask.build(config.mask, d_in=m, d_sae=config.n, degree=config.degree, seed=seed)
+        mask = Mask.build(settings.mask, d_in=m, d_sae=settings.n, degree=settings.degree, seed=seed)
         values = torch.randn(mask.rows.shape, generator=generator)
-        values = {"flat": values.sign(), "gaussian": values, "binary": torch.ones_like(values)}[config.values]
+        values = {"flat": values.sign(), "gaussian": values, "binary": torch.ones_like(values)}[settings.values]
         matrix = ExpanderDictionary(mask, values).matrix().detach()
-    features = torch.rand(count, config.n, generator=generator).topk(k, dim=1).indices.to(torch.int32)
+    features = torch.rand(count, settings.n, generator=generator).topk(k, dim=1).indices.to(torch.int32)
     amounts = torch.randn(count, k, generator=generator)
-    code = SparseCode(features, amounts.sign() if config.coefficients == "signs" else amounts)
+    code = SparseCode(features, amounts.sign() if settings.coefficients == "signs" else amounts)
     h = matrix.decode(code)
     noise = torch.randn(h.shape, generator=generator)
-    return matrix, code, h + config.noise * h.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
+    return matrix, code, h + settings.noise * h.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -252,7 +244,7 @@ def fit_transition(rhos: Sequence[float], successes: Sequence[int], trials: Sequ
     return {"b0": float(b0), "b1": float(b1)} | points | {"beyond": None}
 
 
-def _cell(delta: float, m: int, k: int, errors: list[float], success_below: float) -> dict[str, Any]:
+def _point(delta: float, m: int, k: int, errors: list[float], success_below: float) -> dict[str, Any]:
     successes = sum(error <= success_below for error in errors)
     low, high = wilson(successes, len(errors))
     return {
@@ -275,3 +267,15 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+register(
+    Experiment(
+        name="phase-transition",
+        question="Where does a solver stop recovering planted codes, over m/n and k/m?",
+        sizes={"smoke": SMOKE, "laptop": LAPTOP, "paper": PAPER},
+        run=run_phase_transition,
+        columns=COLUMNS,
+        picture=plot_phase_transition,
+    )
+)
