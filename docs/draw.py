@@ -1,4 +1,4 @@
-"""Draws ``architecture.svg`` and ``dataflow.svg``: ``python docs/draw.py`` (a test compares the files with the drawings).
+"""Draws ``architecture.svg`` and ``dataflow.svg``: ``python docs/draw.py``. A test compares files and drawings.
 
 Both pictures follow the reader's light or dark colours. Letters are taken to be .62 of their size wide, which no common
 sans-serif font exceeds in lower case, so that a label that fits here fits everywhere.
@@ -32,7 +32,8 @@ def colours(theme: dict[str, str]) -> str:
 
 def text(x: float, y: float, words: str, size: int, style: str, anchor: str = "start", bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" class="{style}" font-size="{size}" text-anchor="{anchor}"{weight}>{escape(words)}</text>'
+    place = f'x="{x:g}" y="{y:g}" class="{style}" font-size="{size}" text-anchor="{anchor}"'
+    return f"<text {place}{weight}>{escape(words)}</text>"
 
 
 def width_of(words: str, size: int) -> float:
@@ -73,7 +74,9 @@ def architecture() -> str:
         assert width_of(floor.knows, 12) * 0.9 <= room, f"{floor.name!r} says too much for the picture"
         parts.append(text(x + 4, y + 20, floor.knows, 12, "ink"))
     bottom = 10 + len(floors) * step
-    parts.append(text((left + right) / 2, bottom + 16, "every package imports only from those below it", 12, "ink", "middle"))
+    parts.append(
+        text((left + right) / 2, bottom + 16, "every package imports only from those below it", 12, "ink", "middle")
+    )
     return picture(right + 10, bottom + 28, "The packages by floors, the ground at the bottom", parts)
 
 
@@ -125,10 +128,14 @@ def dataflow() -> str:
         a, b = STATIONS[start], STATIONS[end]
         turn = a.y + TALL + 40
         parts.append(arrow(f"M{a.x + WIDE / 2:g},{a.y + TALL + 3} V{turn} H{b.x + WIDE / 2:g} V{b.y - 4}"))
-    for name, command in (("model", "expander-sae harvest"), ("train", "expander-sae train"), ("evaluate", "expander-sae evaluate")):
+    for name, command in (
+        ("model", "expander-sae harvest"),
+        ("train", "expander-sae train"),
+        ("evaluate", "expander-sae evaluate"),
+    ):
         station = STATIONS[name]
         below = station.y + TALL + 18
-        parts.append(text(station.x + WIDE / 2, below, command, 12, "ink", "middle"))
+        parts.append(text(station.x + WIDE / 2, below, f"expander-sae {command}", 12, "ink", "middle"))
     return picture(716, 480, "How data flows: text, model, store, trainer, SAE, evaluation, report", parts)
 
 

@@ -170,7 +170,8 @@ def private_names(tree: ast.Module, own: str) -> list[str]:
         inside = str(node.module).removeprefix(PACKAGE).strip(".")
         for alias in node.names:
             home = floor(inside or alias.name)
-            home = "ops" if home == "_kernels" else home  # the compiled half of the operations
+            if home == "_kernels" and own in ("ops", "pursuit"):  # their compiled half
+                continue
             bound[alias.asname or alias.name] = home
             if any(part.startswith("_") for part in (*inside.split("."), alias.name)) and home != own:
                 found.append(f"{node.module}.{alias.name}")

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from support.house import PACKAGE, ROOT, SOURCE
@@ -46,29 +45,23 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def parse(words: list[str], *, whole: bool) -> None:
     """``ValueError`` unless the command and its options exist and, if it is shown ``whole``, its arguments suffice."""
-    command: click.Command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     rest = words[1:]
-    try:
-        while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-            name = rest.pop(0)
-            found = command.get_command(click.Context(command), name)
-            if found is None:
-                raise ValueError(f"there is no command {name!r}")
-            command = found
-        if isinstance(command, click.Group):
-            known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-            if unknown := [word for word in rest if word not in known]:
-                raise ValueError(f"{words[0]} has no option {unknown[0]}")
-        elif whole or any(not word.startswith("-") for word in rest):
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in command.commands:
+            raise ValueError(f"there is no command {name!r}")
+        command = command.commands[name]
+    named = {name for option in command.params for name in option.opts + option.secondary_opts} | {"--help"}
+    if unknown := [word for word in rest if word.startswith("--") and word.split("=")[0] not in named]:
+        raise ValueError(f"{command.name} has no option {unknown[0]}")
+    if whole and not hasattr(command, "commands"):
+        try:
             command.make_context(command.name, list(rest))
-        else:
-            known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-            if unknown := [word for word in rest if word not in known]:
-                raise ValueError(f"{command.name} has no option {unknown[0]}")
-    except click.exceptions.Exit:  # --help
-        pass
-    except click.ClickException as error:
-        raise ValueError(error.format_message()) from None
+        except Exception as error:  # typer has its own copy of click's, or click's, by version
+            if "UsageError" not in [kind.__name__ for kind in type(error).__mro__]:
+                raise
+            raise ValueError(str(error)) from None
 
 
 def check_command(line: str, *, whole: bool) -> None:
