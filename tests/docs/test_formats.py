@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import struct
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from safetensors.numpy import load_file
 from support.house import ROOT
 
 from expander_sae import SAE, Mask
-from expander_sae.data import StoreMeta
+from expander_sae.data import StoreMeta, StoreWriter, TensorSource
+from expander_sae.training import TrainConfig, train
 
 PAGE = (ROOT / "docs" / "formats.md").read_text()
 WORD = 2**64 - 1
@@ -123,5 +123,51 @@ def test_an_sae_can_be_run_from_the_page(explicit: bool, tmp_path: Path) -> None
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-5)
 
 
-def test_a_store_has_the_fields_of_the_page() -> None:
-    assert {f.name for f in fields(StoreMeta)} == keys_of("`meta` has the fields")
+def test_a_store_has_the_fields_of_the_page(tmp_path: Path) -> None:
+    meta = StoreMeta("model", None, "tokenizer", "residual", 3, 20, "float32", "text", 16)
+    with StoreWriter(tmp_path, meta, expected_rows=50) as writer:
+        writer.append(torch.randn(50, 20), torch.arange(50), torch.arange(50), cursor=None)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest.keys() == keys_of("| key of `manifest.json`")
+    assert manifest["meta"].keys() == keys_of("`meta` has the fields")
+    data = (tmp_path / "shard-00000.safetensors").read_bytes()
+    label = f"{hashlib.sha256(json.dumps(manifest['meta'], sort_keys=True).encode()).hexdigest()}:0"
+    header = header_of(tmp_path / "shard-00000.safetensors")
+    assert header.pop("__metadata__") == {"store": label}
+    assert {name: entry["dtype"] for name, entry in header.items()} == {
+        "acts": "F32",
+        "tokens": "I32",
+        "positions": "I32",
+    }
+    shard = {
+        "file": "shard-00000.safetensors",
+        "rows": 50,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert manifest["shards"] == [shard]
+
+
+def header_of(path: Path) -> dict[str, dict[str, str]]:
+    """The JSON header of a safetensors file."""
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def test_a_run_has_the_files_of_the_page(tmp_path: Path) -> None:
+    mask = Mask.build("left-regular", d_in=20, d_sae=33, degree=5)
+    config = TrainConfig(steps=4, batch_size=8, log_every=2, checkpoint_every=2)
+    train(SAE.expander(mask, 4), TensorSource(torch.randn(64, 20)), config, tmp_path)
+    assert header_of(tmp_path / "checkpoint.safetensors")["__metadata__"].keys() == keys_of(
+        "**`checkpoint.safetensors`**"
+    )
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    named = {name for _, name in re.findall(r"(\*\*|\| )`([\w.]+)`", PAGE)}
+    # A run from Python writes no recipe.yaml: the command does.
+    assert {path.name for path in tmp_path.iterdir()} - named == set()
+
+
+def test_results_have_the_fields_of_the_page() -> None:
+    results = ROOT / "docs" / "results" / "amortisation" / "results.json"
+    assert json.loads(results.read_text()).keys() == keys_of("`results.json` of an experiment")
