@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import load_file
 from support.house import ROOT
@@ -128,7 +129,9 @@ def test_a_store_has_the_fields_of_the_page(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, meta, expected_rows=50) as writer:
         writer.append(torch.randn(50, 20), torch.arange(50), torch.arange(50), cursor=None)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest.keys() == keys_of("| key of `manifest.json`")
+    assert manifest.keys() == keys_of("`manifest.json`:")
+    own = {key: value for key, value in manifest.items() if key != "sha256"}
+    assert manifest["sha256"] == hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     assert manifest["meta"].keys() == keys_of("`meta` has the fields")
     data = (tmp_path / "shard-00000.safetensors").read_bytes()
     label = f"{hashlib.sha256(json.dumps(manifest['meta'], sort_keys=True).encode()).hexdigest()}:0"
@@ -158,12 +161,17 @@ def test_a_run_has_the_files_of_the_page(tmp_path: Path) -> None:
     mask = Mask.build("left-regular", d_in=20, d_sae=33, degree=5)
     config = TrainConfig(steps=4, batch_size=8, log_every=2, checkpoint_every=2)
     train(SAE.expander(mask, 4), TensorSource(torch.randn(64, 20)), config, tmp_path)
-    assert header_of(tmp_path / "checkpoint.safetensors")["__metadata__"].keys() == keys_of(
-        "**`checkpoint.safetensors`**"
-    )
+    metadata = header_of(tmp_path / "checkpoint.safetensors")["__metadata__"]
+    assert metadata.keys() == keys_of("**`checkpoint.safetensors`**")
+    recorded = metadata.pop("sha256")
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(safetensors.torch.load_file(tmp_path / "checkpoint.safetensors").items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert recorded == digest.hexdigest()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
-    named = {name for _, name in re.findall(r"(\*\*|\| )`([\w.]+)`", PAGE)}
+    named = set(re.findall(r"`([\w.]+)`", PAGE))
     # A run from Python writes no recipe.yaml: the command does.
     assert {path.name for path in tmp_path.iterdir()} - named == set()
 
