@@ -47,15 +47,15 @@ def parse(words: list[str], *, whole: bool) -> None:
     """``ValueError`` unless the command and its options exist and, if it is shown ``whole``, its arguments suffice."""
     command: Any = typer.main.get_command(app)
     rest = words[1:]
-    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+    while hasattr(command, "get_command") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
-        if name not in command.commands:
+        command = command.get_command(None, name)  # some groups find their commands when asked
+        if command is None:
             raise ValueError(f"there is no command {name!r}")
-        command = command.commands[name]
     named = {name for option in command.params for name in option.opts + option.secondary_opts} | {"--help"}
     if unknown := [word for word in rest if word.startswith("--") and word.split("=")[0] not in named]:
         raise ValueError(f"{command.name} has no option {unknown[0]}")
-    if whole and not hasattr(command, "commands"):
+    if whole and not hasattr(command, "get_command"):
         try:
             command.make_context(command.name, list(rest))
         except Exception as error:  # typer has its own copy of click's, or click's, by version
