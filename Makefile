@@ -9,7 +9,7 @@ DEMO ?=
 PYTEST ?=
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md \
-	$(shell find csrc -type f) $(shell find src -name '*.py')
+	$(shell find csrc -type f) $(shell find src -name '*.py' -o -name py.typed)
 
 .PHONY: demo test lint clean
 
@@ -21,7 +21,7 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt pyright ruff
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff check src tests benchmarks docs
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 # torch first and by its pin: another package that pulls it in could bring a different, much larger build.

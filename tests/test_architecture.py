@@ -10,16 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src" / "expander_sae"
-PACKAGE = "expander_sae"
-
-# From the ground floor to the roof (docs/architecture.md): an entry imports entries before it only.
-HOUSE = [
-    "registry", "stored", "files", "progress", "environment", "mask", "ops", "dictionary", "pursuit", "theory", "sae",
-    "data", "lm", "training", "evaluation", "interop", "features", "report", "experiments", "cli", "__main__",
-]  # fmt: skip
+from support.house import HOUSE, PACKAGE, ROOT, SOURCE
 
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -158,13 +149,58 @@ def test_the_package_offers_three_names_and_a_version() -> None:
         assert getattr(package, name)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+OUTSIDE = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def owner(path: Path) -> str:
+    """The floor whose private names a file may use: its own, for a test that of the folder it stands in."""
+    if path.is_relative_to(SOURCE):
+        return floor(name_of(path))
+    inside = path.relative_to(ROOT).parts
+    return inside[1] if inside[0] == "tests" and len(inside) > 2 else ""
+
+
+def private_names(tree: ast.Module, own: str) -> list[str]:
+    """Names with a leading underscore that code of the floor ``own`` takes from another floor of the package."""
+    found: list[str] = []
+    bound: dict[str, str] = {}  # local name: the floor it comes from
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] != PACKAGE:
+            continue
+        inside = str(node.module).removeprefix(PACKAGE).strip(".")
+        for alias in node.names:
+            home = floor(inside or alias.name)
+            if home == "_kernels" and own in ("ops", "pursuit"):  # their compiled half
+                continue
+            bound[alias.asname or alias.name] = home
+            if any(part.startswith("_") for part in (*inside.split("."), alias.name)) and home != own:
+                found.append(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            hidden = node.attr.startswith("_") and not node.attr.startswith("__")
+            if hidden and bound[node.value.id] != own:
+                found.append(f"{node.value.id}.{node.attr}")
+    return [name for name in found if not name.endswith(".__version__")]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *OUTSIDE], ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_private_stays_in_its_package(path: Path) -> None:
-    own = floor(name_of(path))
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith(f"{PACKAGE}."):
-            private = [alias.name for alias in node.names if alias.name.startswith("_")]
-            assert not private or floor(str(node.module).removeprefix(f"{PACKAGE}.")) == own, (node.module, private)
+    """In the package, in its tests and in the benchmarks."""
+    found = private_names(ast.parse(path.read_text()), owner(path))
+    assert not found
+
+
+def test_the_check_of_private_names_can_see() -> None:
+    samples = {
+        "from expander_sae.sae.folder import _config_hash": ["expander_sae.sae.folder._config_hash"],
+        "from expander_sae.sae import folder\nfolder._config_hash({})": ["folder._config_hash"],
+        "from expander_sae import _kernels": ["expander_sae._kernels"],
+        "from expander_sae.lm.hook import _splice": [],
+        "from expander_sae import __version__": [],
+        "import numpy as np\nnp._core": [],
+    }
+    for text, expected in samples.items():
+        assert private_names(ast.parse(text), "lm") == expected, text
 
 
 def test_help_does_not_wait_for_torch() -> None:
