@@ -1,5 +1,5 @@
 // Incremental matching pursuit: taking column j changes the correlations only of the about n d^2 / m columns that share
-// one of its rows, found through W by rows (THEORY C.1). One least-squares refit at the end.
+// one of its rows, found through W by rows (docs/theory.md S1). One least-squares refit at the end.
 #pragma once
 
 #include "pursuit/cholesky.h"

@@ -1,5 +1,5 @@
 // Orthogonal matching pursuit on a tile of samples side by side: every round correlates all features with all residuals,
-// contiguous loads and no gather; supports and their least squares are kept sample by sample (THEORY C.2, C.3).
+// contiguous loads and no gather; supports and their least squares are kept sample by sample (docs/theory.md S2, S3).
 #pragma once
 
 #include "pursuit/factor.h"

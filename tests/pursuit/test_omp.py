@@ -251,7 +251,7 @@ def test_k_beyond_the_rank_through_the_gram_matrix() -> None:
 
 
 def certified_sparsity(matrix: Matrix) -> int:
-    """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``, where OMP recovers every code (Tropp 2004; THEORY B.3)."""
+    """The largest ``k`` with ``μ₁(k) + μ₁(k - 1) < 1``: OMP recovers every code (Tropp 2004; docs/theory.md T10)."""
     columns = matrix.to_dense()
     gram = (columns.T @ columns).abs().fill_diagonal_(0)
     cumulative = gram.sort(dim=1, descending=True).values.cumsum(dim=1).amax(dim=0)

@@ -3,7 +3,7 @@
     from expander_sae.pursuit import omp
     code = omp(h, sae.dictionary, k=64, block=8, disjoint=True, b_dec=sae.b_dec)
 
-Which to use (THEORY C.10): to encode activations, :func:`matching_pursuit` (its default ends with one least-squares
+Which to use (docs/theory.md S12): for activations :func:`matching_pursuit` (its default ends with one least-squares
 refit) for speed and :func:`omp` for the best residual; to recover a code that is exactly sparse, :func:`omp`.
 """
 

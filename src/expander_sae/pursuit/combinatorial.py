@@ -1,6 +1,6 @@
 """Combinatorial decoders of expander codes: recover an exactly sparse code by counting equal residual entries.
 
-Made for compressed sensing with sparse codes (THEORY C.8), generalised from binary to weighted masks: where the rows
+Made for compressed sensing (docs/theory.md S9), generalised from binary to weighted masks: where the rows
 of column ``j`` see no other active column, the ratios ``r_i / w_ij`` agree, and their common value is the coefficient.
 Activations are not exactly sparse in any dictionary, so nearly no two ratios agree there: **these are no encoders** for
 an SAE; use :func:`~expander_sae.pursuit.omp.omp`. They want *dissociated* coefficients: no two subsets of equal sum.

@@ -20,7 +20,7 @@ def pivot_floor(dtype: torch.dtype) -> float:
 
 
 class ActiveSet:
-    """Supports that grow column by column, with their least-squares coefficients (THEORY C.2, C.12 a).
+    """Supports that grow column by column, with their least-squares coefficients (docs/theory.md S2).
 
     Kept is the *inverse* ``L⁻¹`` of the Cholesky factor of each Gram matrix: row ``s`` holds the coefficients of an
     orthonormal direction ``q_s``, so a column costs two products with it and the coefficients grow by ``⟨q_s, h⟩``

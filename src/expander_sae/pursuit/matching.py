@@ -33,7 +33,7 @@ def matching_pursuit(
     On real activations over an expander dictionary MP with one final refit reaches OMP's residual within about 1 % at
     a thirtieth of the arithmetic, because sparse columns rarely overlap. On *exactly* sparse data it is much worse than
     :func:`~expander_sae.pursuit.omp.omp` (relative error .07 against .003 at m=512, k=64): use OMP to recover a planted
-    code (THEORY C.10).
+    code (docs/theory.md S12).
 
     Args:
         h: ``(..., m)``, activations.
@@ -122,7 +122,7 @@ def gradient_pursuit(
     what "inference-time optimisation" of SAE codes uses: coefficients are clipped at 0 after each step.
 
     Args:
-        steps: gradient steps a selection; two or three come close to OMP (THEORY C.5).
+        steps: gradient steps a selection; two or three come close to OMP (docs/theory.md S5).
         h, dictionary, k, tol, nonnegative, b_dec: as :func:`~expander_sae.pursuit.omp.omp`.
 
     Returns:

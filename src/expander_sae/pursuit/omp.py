@@ -33,7 +33,7 @@ def omp(
     ``block=1`` is OMP (Pati, Rezaiifar & Krishnaprasad 1993), ``block=k`` one-shot selection with a refit, values
     between are generalised OMP (Wang, Kwon & Shim 2012) and the paper's Table 5. On overlapping columns the best ``L``
     of a round are near-duplicates; ``disjoint=True`` makes a round's columns share no row, which costs nothing and
-    loses little against ``block=1`` (THEORY C.3, C.10).
+    loses little against ``block=1`` (docs/theory.md S3).
 
     Scores are ``|⟨w_j, r⟩| / ‖w_j‖``, ties go to the lower index. A column that depends on the support is passed over
     and the pursuit goes on with the next best; a zero column is never taken.
@@ -174,7 +174,7 @@ def ols(
     """Orthogonal least squares (Chen, Billings & Luo 1989): take the column that lowers the refitted residual most.
 
     The score is ``⟨w_j, r⟩² / ‖P⊥ w_j‖²``: OMP's, with the column's own distance to the span of the support below it.
-    Costs one correlation a step, of the new orthonormal direction (THEORY C.10). Arguments and errors as :func:`omp`.
+    Costs one correlation per step, of the new orthonormal direction (docs/theory.md S4). Otherwise as :func:`omp`.
     """
     check_tolerance(tol)
     return run(lambda problem: _ols(problem, tol), h, dictionary, k, b_dec, rounds=k)

@@ -38,7 +38,7 @@ def _argmax(score: Tensor) -> Tensor:
 
 
 def best_disjoint(score: Tensor, count: int, support: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """``count`` features, best first, none of which shares a row with an earlier one (THEORY C.3, C.12 e).
+    """``count`` features, best first, none of which shares a row with an earlier one (docs/theory.md S3).
 
     They are looked for among the ``8 · count`` best above ``floor (B,)``; where those hold fewer, the best of the
     others follow.

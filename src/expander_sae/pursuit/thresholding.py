@@ -1,7 +1,7 @@
 """Solvers that keep ``k`` features at all times and exchange them: IHT, NIHT, HTP, CoSaMP, subspace pursuit.
 
 Each keeps a sample's best iterate: a step that does not lower the residual ends that sample. Convergence theory wants
-columns far less correlated than a trained dictionary's; on activations OMP is better and faster (THEORY C.10).
+columns far less correlated than a trained dictionary's; on activations OMP is better and faster (docs/theory.md S12).
 """
 
 from __future__ import annotations
