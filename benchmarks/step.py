@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from benchmarks.measure import Race, Row, Settings, fits
 from expander_sae.data.sources import TensorSource
 from expander_sae.pursuit import solver
 from expander_sae.sae import SAE
-from expander_sae.training.trainer import TrainConfig, _Loop
+from expander_sae.training import TrainConfig, Trainer
 
 OURS = "expander TopK"
 PURSUIT_ENCODERS = {
@@ -104,14 +103,8 @@ def _saelens(race: Race, shape: Shape, template: SAE, h: Tensor, loss: float, ne
 def loop_step(sae: SAE, h: Tensor, lr: float = TrainConfig.lr) -> Callable[[], float]:
     """The training loop's own step, always on ``h``; returns its loss."""
     config = TrainConfig(steps=1 << 30, batch_size=len(h), lr=lr, resample_every=0)
-    loop = _Loop(sae, TensorSource(h), config)
-    loop.batches = itertools.repeat(h)
-
-    def step() -> float:
-        loop.step(0)
-        return float(loop.losses.pop())
-
-    return step
+    trainer = Trainer(sae, TensorSource(h), config)
+    return lambda: float(trainer.learn(h, 0))
 
 
 class DenseStep:

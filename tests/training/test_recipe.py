@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from expander_sae.pursuit import SOLVERS
+from expander_sae.training import TrainConfig
 from expander_sae.training.recipe import FIELDS, PRESETS, SAEConfig, parse_settings, read_config, resolve
-from expander_sae.training.trainer import TrainConfig
 
 
 def test_the_paper_is_the_defaults() -> None:

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from expander_sae.data.sources import ActivationSource, RowIndex, TensorSource
 from expander_sae.mask import Mask
+from expander_sae.ops import SparseCode
 from expander_sae.sae import SAE
+from expander_sae.training import TrainConfig, Trainer, TrainingDiverged, train
 from expander_sae.training.checkpoint import Checkpoint
-from expander_sae.training.trainer import TrainConfig, TrainingDiverged, _Loop, train
+from expander_sae.training.dead import FeatureUse
+from expander_sae.training.log import TrainingLog, read_log
+from expander_sae.training.losses import aux_error
 
 M, N, D, K, ROWS = 12, 24, 4, 3, 500
 QUICK = TrainConfig(steps=30, batch_size=32, log_every=7, checkpoint_every=11, resample_every=0, lr=1e-2)
@@ -52,7 +56,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """The log without what only the clock decides."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = read_log(folder / "log.jsonl")
     for line in lines:
         assert line.pop("tokens_per_second") > 0
     return lines
@@ -332,8 +336,11 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(config: TrainConfig, 
 def test_a_log_from_beyond_the_checkpoint_is_cut(tmp_path: Path, whole) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(expander(untied=True), interrupted(15), PAPER, tmp_path)
+    log = TrainingLog(tmp_path / "log.jsonl", 30, None, {})
+    log.write({"step": 21, "loss": -1.0})
+    log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 21, "loss": -1.0}\n{"step": 2')
+        file.write('{"step": 2')
     train(expander(untied=True), TensorSource(activations()), PAPER, tmp_path)
     assert log_of(tmp_path) == whole[PAPER][1]
 
@@ -352,13 +359,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, whole) -> None:
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
-    def twice(_batch: Tensor) -> None:
+    def twice(_gradient: Tensor) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
+    sae = expander()
+    sae.b_dec.register_hook(twice)
     with pytest.raises(KeyboardInterrupt):
-        train(expander(), Planted(3, twice), QUICK, tmp_path)
+        train(sae, TensorSource(activations()), QUICK, tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
@@ -464,7 +473,9 @@ def test_weights_that_overflow_while_the_loss_does_not_reach_no_checkpoint(
 
 def test_a_loss_far_above_its_start_stops_too(tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingDiverged, match=r"from step 15 to 21 the loss is \d+ times its start. Logged before .*: 7: .*, 14: "
+        TrainingDiverged,
+        match=r"from step 15 to 21 the loss is [\d.e+]+ times its start, [\d.e+]+ times the variance"
+        r" of the activations. Logged before .*: 7: .*, 14: ",
     ):
         train(expander(), Planted(16, lambda batch: 1000 * batch), QUICK, tmp_path)
     assert [line["step"] for line in log_of(tmp_path)] == [7, 14]
@@ -496,18 +507,18 @@ def test_resampling_aims_features_that_fired_too_rarely_at_residuals_on_their_su
     batches = TensorSource(activations()).batches(32, 0)
     residuals = []
 
-    def spy(self: SAE, features: Tensor, targets: Tensor) -> None:
-        original(self, features, targets)
+    def spy(self: SAE, features: Tensor, targets: Tensor, norm: float) -> None:
+        original(self, features, targets, norm)
         calls.append((features.tolist(), targets, self.dictionary.to_dense()[:, features]))
 
-    def step(self: _Loop, number: int) -> None:
+    def step(self: Trainer, number: int) -> None:
         h = next(batches)
         residuals.append(h - sae(h))
         original_step(self, number)
 
-    original, original_step = SAE.reset_features, _Loop.step
+    original, original_step = SAE.reset_features, Trainer.step
     monkeypatch.setattr(SAE, "reset_features", spy)
-    monkeypatch.setattr(_Loop, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     config = replace(QUICK, steps=20, resample_every=10, resample_below=1)
     train(sae, TensorSource(activations()), config)
     assert len(calls) == 1  # after step 10; after the last step it would be untrained
@@ -524,7 +535,7 @@ def test_resampling_aims_features_that_fired_too_rarely_at_residuals_on_their_su
 
 def test_fires_are_counted_between_resamplings() -> None:
     sae = with_dead([2, 9])
-    loop = _Loop(sae, TensorSource(activations()), replace(PAPER, resample_below=10**6))
+    trainer = Trainer(sae, TensorSource(activations()), replace(PAPER, resample_below=10**6))
     counts = torch.zeros(N, dtype=torch.int64)
     idle = torch.zeros(N, dtype=torch.int64)
     batches = TensorSource(activations()).batches(32, 0)
@@ -533,12 +544,12 @@ def test_fires_are_counted_between_resamplings() -> None:
         fired = torch.bincount(code.indices[code.values != 0].flatten(), minlength=N)
         counts += fired
         idle = torch.where(fired > 0, 0, idle + 32)
-        loop.step(step)
-    assert loop.fires.dtype == loop.idle_tokens.dtype == torch.int64
-    assert torch.equal(loop.fires, counts)
-    assert torch.equal(loop.idle_tokens, idle)
-    assert loop.fires[[2, 9]].tolist() == [0, 0]
-    assert loop.idle_tokens[[2, 9]].tolist() == [160, 160]
+        trainer.step(step)
+    assert trainer.use.fires.dtype == trainer.use.idle_tokens.dtype == torch.int64
+    assert torch.equal(trainer.use.fires, counts)
+    assert torch.equal(trainer.use.idle_tokens, idle)
+    assert trainer.use.fires[[2, 9]].tolist() == [0, 0]
+    assert trainer.use.idle_tokens[[2, 9]].tolist() == [160, 160]
 
 
 def test_resampling_revives_dead_features(tmp_path: Path) -> None:
@@ -568,13 +579,16 @@ def test_a_dictionary_dead_for_the_greater_part_is_left_alone(monkeypatch: pytes
 def test_the_auxk_gradient_reaches_dead_features_only(untied: bool) -> None:
     sae = expander(untied=untied).double()
     config = replace(MODERN, aux_k=2, dead_after=50, aux_coefficient=0.25)
-    loop = _Loop(sae, TensorSource(activations(dtype=torch.float64)), config)
+    trainer = Trainer(sae, TensorSource(activations(dtype=torch.float64)), config)
     dead = [2, 9, 17]
-    loop.idle_tokens[dead] = 51
-    loop.idle_tokens[4] = 50  # not yet
+    trainer.use.idle_tokens[dead] = 51
+    trainer.use.idle_tokens[4] = 50  # not yet
     h = activations(20, torch.float64)
     residual = (h - sae(h)).detach()
-    loss = loop._auxiliary(h, residual)
+    found = trainer.use.dead(config.dead_after)
+    assert found is not None
+    assert found.tolist() == dead
+    loss = config.aux_coefficient * aux_error(sae, h, residual, found, config.aux_k)
     loss.backward()
 
     w = sae.dictionary.to_dense()[:, dead]
@@ -591,9 +605,25 @@ def test_the_auxk_gradient_reaches_dead_features_only(untied: bool) -> None:
         assert touched.nonzero().flatten().tolist() == dead
 
 
-def test_auxk_without_dead_features_is_nothing() -> None:
-    loop = _Loop(expander(), TensorSource(activations()), MODERN)
-    assert float(loop._auxiliary(activations(5), activations(5))) == 0
+def test_dead_features_are_found_as_if_looked_for_every_step() -> None:
+    """The lower bound that spares the looks: random codes, one feature at a time silent for long."""
+    generator = torch.Generator().manual_seed(3)
+    use, plain = FeatureUse(N, torch.device("cpu")), torch.zeros(N, dtype=torch.int64)
+    looks = 0
+    for step in range(400):
+        indices = torch.stack([torch.randperm(N, generator=generator)[:K] for _ in range(8)]).int()
+        values = torch.ones(8, K)
+        values[indices == step // 60] = 0.0  # empty slots
+        code = SparseCode(indices, values)
+        use.count(code)
+        fired = torch.bincount(indices[values != 0].flatten(), minlength=N) > 0
+        plain = torch.where(fired, 0, plain + 8)
+        expected = (plain > 200).nonzero().flatten()
+        found = use.dead(200)
+        assert (found is None) == (not len(expected))
+        assert found is None or torch.equal(found, expected)
+        looks += found is not None
+    assert 0 < looks < 400
 
 
 def test_auxk_revives_dead_features() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from expander_sae.environment import device_named
 from expander_sae.lm.embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
 from expander_sae.lm.identity import cached_commit, cached_snapshot, weights_fingerprint
 from expander_sae.lm.models import LanguageModel
@@ -53,7 +54,7 @@ def load_model(
     Raises ``ModelError`` (an ``OSError``) when the model cannot be found or fetched, or is only an adapter;
     ``ValueError`` for an unknown dtype or a device that is not there; ``ImportError`` when packages are missing.
     """
-    where = _device(device)
+    where = device_named(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, not {dtype!r}")
     if device_map is not None and device is not None:
@@ -97,23 +98,6 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{device!r} is no device torch knows ({str(error).splitlines()[0]}): use cpu or cuda"
-        ) from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {str(where)!r} was asked for, but torch {torch.__version__} sees no CUDA device here. "
-            "Leave the device out to run on the CPU, or install a build of torch for your GPU."
-        )
-    return where
 
 
 def _extra_options(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from expander_sae.training.trainer import TrainConfig, TrainingDiverged, train
+from expander_sae.training.config import TrainConfig
+from expander_sae.training.divergence import TrainingDiverged
+from expander_sae.training.interrupt import Stopped
+from expander_sae.training.saved import load_sae, sae_from_checkpoint
+from expander_sae.training.trainer import Trainer, train
 
-__all__ = ["TrainConfig", "TrainingDiverged", "train"]
+__all__ = ["Stopped", "TrainConfig", "Trainer", "TrainingDiverged", "load_sae", "sae_from_checkpoint", "train"]
