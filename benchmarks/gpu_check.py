@@ -29,7 +29,8 @@ from benchmarks.gpu_peers import time_peers
 from benchmarks.gpu_run import SECTIONS, Run, Shape, close, equal
 from benchmarks.gpu_speed import sweep_encode, time_encode, time_step
 from expander_sae import ops
-from expander_sae.ops import Selection, library, reference
+from expander_sae.ops import Selection, reference, triton
+from expander_sae.ops.library import BACKEND_VARIABLE
 
 BATCH = 8192
 MILLION: Shape = (2048, 1 << 20, 7, 64)
@@ -60,11 +61,10 @@ CHECK: list[tuple[int, int, int, int, int]] = [
 ]
 GRADIENTS: list[tuple[int, int, int, int, int]] = [(65, 64, 500, 3, 5), (130, 256, 2000, 7, 16)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONS: list[dict[str, Any]] = [{}, {"threshold": 0.0}, {"magnitude": True}]
+OPTIONS: list[dict[str, Any]] = [{}, {"threshold": 0.0}, {"magnitude": True}, {"threshold": 2.0, "magnitude": True}]
 
 
 def check_operations(run: Run, cases: list[tuple[int, int, int, int, int]]) -> None:
-    triton = library._BACKENDS["triton"]
     for batch, m, n, d, k in cases:
         for dtype in DTYPES:
             name = f"B={batch} m={m} n={n} d={d} k={k} {str(dtype)[6:]}"
@@ -75,9 +75,10 @@ def check_operations(run: Run, cases: list[tuple[int, int, int, int, int]]) -> N
                 picks = torch.randint(0, n, (batch, k), generator=torch.Generator().manual_seed(4))
                 indices = picks.to(run.device, torch.int32)
                 wrong: dict[str, str] = {}
-                for options in OPTIONS:
+                center = run.integers(m, dtype=dtype, seed=4, top=1)
+                for options in (*OPTIONS, {"center": center, "threshold": 1.0}):
                     found = triton.encode(h, rows, values, bias, k, **options)
-                    wrong[f"encode_topk {options}"] = equal(
+                    wrong[f"encode {sorted(options)} {options.get('threshold')}"] = equal(
                         found, reference.encode(h, rows, values, bias, k, **options)
                     )
                 few = min(batch, 4) if n * m > 1 << 24 else batch
@@ -86,19 +87,17 @@ def check_operations(run: Run, cases: list[tuple[int, int, int, int, int]]) -> N
                     "decode": (indices, code, rows, values, m),
                     "correlate_at": (h, indices, rows, values),
                     "values_grad": (h, indices, code, rows),
-                    "gram": (indices[: max(1, (1 << 26) // (k * d) ** 2)], rows, values),
+                    "gram": (indices[: max(1, (1 << 26) // (k * d) ** 2)], rows, values, m),
                 }
                 for operation, arguments in calls.items():
                     answer = getattr(triton, operation)(*arguments)
                     wrong[operation] = equal(answer, getattr(reference, operation)(*arguments))
                     wrong[f"{operation}, twice"] = equal(getattr(triton, operation)(*arguments), answer)
-                wrong["encode_topk, random"] = check_random(run, triton, batch, m, n, d, k, dtype, rows)
+                wrong["encode, random"] = check_random(run, batch, m, n, d, k, dtype, rows)
                 finish(run, name, wrong)
 
 
-def check_random(
-    run: Run, triton: Any, batch: int, m: int, n: int, d: int, k: int, dtype: torch.dtype, rows: Tensor
-) -> str:
+def check_random(run: Run, batch: int, m: int, n: int, d: int, k: int, dtype: torch.dtype, rows: Tensor) -> str:
     """Normal data: indices distinct, values those of the indices, and as large as the reference's, place by place."""
     h, values = run.normal(batch, m, dtype=dtype), run.normal(n, d, dtype=dtype, seed=1)
     indices, code = triton.encode(h, rows, values, None, k)
@@ -113,7 +112,6 @@ def check_random(
 
 def check_hard_inputs(run: Run) -> None:
     """NaN, infinity, rows of zeros (every score tied), strides, another type for the values."""
-    triton = library._BACKENDS["triton"]
     m, n, d, k = (24, 200, 3, 5) if run.device.type == "cpu" else (512, 16384, 7, 64)
     rows = run.rows(m, n, d)
     h, values = run.integers(8, m, dtype=torch.float32), run.integers(n, d, dtype=torch.float32, seed=1)
@@ -179,14 +177,14 @@ def main() -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print("no CUDA device: nothing was checked or timed. Run this where torch.cuda.is_available() is true.")
         return 1
-    if reason := library._BACKENDS["triton"].why_not(device):  # type: ignore[attr-defined]
+    if reason := triton.why_not(device):
         print(f"the Triton kernels cannot run here: {reason}")
         return 1
     run = Run(device, options.out)
     check, gradients, encode, peers, step, dense_step = CHECK, GRADIENTS, ENCODE, PEERS, STEP, DENSE_STEP
     batch = BATCH
     if options.rehearse:
-        os.environ[library.BACKEND_VARIABLE] = "triton"
+        os.environ[BACKEND_VARIABLE] = "triton"
         check, gradients, batch = [(3, 9, 40, 3, 4)], [(3, 9, 40, 2, 3)], 4
         encode = peers = step = dense_step = [(16, 64, 3, 4)]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

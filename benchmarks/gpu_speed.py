@@ -13,7 +13,7 @@ from benchmarks.gpu_run import Run, Shape, close, times
 from benchmarks.step import loop_step
 from expander_sae import ops
 from expander_sae.mask import Mask
-from expander_sae.ops import Selection, library, reference
+from expander_sae.ops import Selection, reference, triton
 from expander_sae.sae import SAE
 
 
@@ -73,7 +73,7 @@ def sweep_encode(run: Run, shape: Shape, batch: int) -> None:
         for cut in dict.fromkeys(plans):
             with run.guarded("encode", f"sweep {cut}"):
                 topk.plan = lambda *_, cut=cut: cut
-                seconds = run.time(lambda: library._BACKENDS["triton"].encode(h, rows, values, None, k), turns=9)
+                seconds = run.time(lambda: triton.encode(h, rows, values, None, k), turns=9)
                 entry = {"sweep": str(cut), "shipped": cut == shipped, "case": f"m={m} n={n} d={d} k={k} B={batch}"}
                 run.note("encode", entry | times("ours", seconds, batch))
     finally:

@@ -216,6 +216,22 @@ def test_the_fused_step_selects_alike(threshold: float | Tensor, rank: str) -> N
     torch.testing.assert_close(run(fused), run(composed))
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_centre_is_not_rounded_to_the_type_of_the_data(backend: str, dtype: torch.dtype) -> None:
+    center = torch.full((M,), 100.3).requires_grad_()
+    h = (100 + 2 * normal(B, M).round()).detach().to(dtype)
+    values = normal(N, D).detach().float().requires_grad_()
+    code = encode(backend, h, ROWS, values, None, Selection(N), center=center)
+    leaves = values.detach().double().requires_grad_(), center.detach().double().requires_grad_()
+    exact = encode("reference", h.double(), ROWS, leaves[0], None, Selection(N), center=leaves[1])
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-3}
+    torch.testing.assert_close(code.to_dense(N).double(), exact.to_dense(N), **close)
+    code.values.sum().backward()
+    expected = torch.autograd.grad(exact.values.sum(), leaves)
+    torch.testing.assert_close(values.grad.double(), expected[0], **close)
+
+
 # NaN and infinity in the activations
 
 

@@ -320,6 +320,21 @@ def test_centre_and_thresholds_through_the_operators(threshold: float | str | No
         ops.encode(bad, rows, integers(n, d), None, selection, backend="triton", check_finite=True)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_centre_is_not_rounded_to_the_type_of_the_data(bias: bool) -> None:
+    m, n, d, k = 6, 25, 3, 25
+    rows, values, center = mask_rows(m, n, d), integers(n, d), torch.full((m,), 100.3, device=DEVICE)
+    h = (100 + integers(4, m)).bfloat16()
+    options = {"center": center}
+    given_bias = integers(n) if bias else None
+    found, expected = (
+        SparseCode(*backend.encode(h, rows, values, given_bias, k, **options)).to_dense(n)
+        for backend in (kernels, reference)
+    )
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-3)
+
+
 def test_nothing_to_do() -> None:
     rows, values = mask_rows(4, 9, 2), integers(9, 2)
     none = torch.empty(3, 0, dtype=torch.int32, device=DEVICE)

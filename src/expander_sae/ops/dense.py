@@ -151,7 +151,7 @@ def encode(
     arguments.bias("center", center, m)
     if check_finite and not torch.compiler.is_compiling():
         arguments.finite(h)
-    centred = h if center is None else h - center
+    centred = h if center is None else h - center.to(h.dtype)
     bias = selection.bias(b_enc)
     indices, margins = _Encode.apply(centred, weight, bias, selection.capacity, selection.magnitude, selection.floor)  # type: ignore[misc]
     return SparseCode(indices, selection.restore(indices, margins))

@@ -119,8 +119,9 @@ def _encode_backward(ctx, _grad_indices, grad: Tensor):
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
         grad_h = decode(indices, grad, rows, values, h.shape[1], ctx.backend)
     if ctx.needs_input_grad[2]:
-        read = h if center is None else h - center.to(h.dtype)
-        grad_values = values_grad(read, indices, grad, rows, ctx.backend).to(values.dtype)
+        wide = reference.accumulate_dtype(h.dtype)
+        read = h if center is None else h.to(wide) - center.to(wide)  # not rounded to 16 bits in between
+        grad_values = values_grad(read, indices, grad.to(read.dtype), rows, ctx.backend).to(values.dtype)
     if ctx.needs_input_grad[3]:
         wide = reference.accumulate_dtype(grad.dtype)
         grad_bias = torch.zeros(rows.shape[0], dtype=wide, device=grad.device)
@@ -128,7 +129,7 @@ def _encode_backward(ctx, _grad_indices, grad: Tensor):
     if ctx.needs_input_grad[4]:
         assert grad_h is not None
         assert center is not None
-        grad_center = -grad_h.sum(dim=0).to(center.dtype)
+        grad_center = -grad_h.sum(dim=0, dtype=reference.accumulate_dtype(h.dtype)).to(center.dtype)
     if not ctx.needs_input_grad[0]:
         grad_h = None
     return grad_h, None, grad_values, grad_bias, grad_center, None, None, None, None, None

@@ -102,7 +102,12 @@ def encode(
     if check_finite:
         arguments.finite(h)
     bias = None if b_enc is None else b_enc.detach().contiguous()
-    read = h.detach() if center is None else h.detach() - center.detach().to(h.dtype)
+    read = h.detach()
+    if center is not None and h.dtype == torch.float32:
+        read = read - center.detach().float()
+    elif center is not None:  # a difference in 16 bits would be rounded before it is used: it goes into the bias
+        taken = correlate(center.detach().float().unsqueeze(0), rows, values).squeeze(0)
+        bias = -taken if bias is None else bias.float() - taken
     with _on(h):
         indices, code = topk.encode_topk(read, rows.contiguous(), values.detach().contiguous(), bias, k, magnitude)
     if threshold > -math.inf:
