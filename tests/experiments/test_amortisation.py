@@ -1,94 +1,100 @@
-"""``reproduce amortisation``: its arms, resuming, and the gap; the language model is a stand-in."""
+"""``reproduce amortisation``: its arms, both gaps, resuming, the picture."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.picture import points
 
-from expander_sae.data import ActivationStore
 from expander_sae.evaluation import reconstruction
 from expander_sae.experiments import amortisation
+from expander_sae.experiments.common.subject import Subject
 from expander_sae.sae import SAE
 
-SIZE = amortisation.AmortisationSize(
-    tokens=0, windows=1, steps=30, batch_size=50, seeds=(0, 1), d_sae=32, k=3, degrees=(3,)
+SETTINGS = amortisation.AmortisationSettings(
+    tokens=0, windows=1, steps=30, batch_size=50, seeds=(0, 1), d_sae=48, k=3, degrees=(4,), dense_pursuit=True
 )
 
 
 def test_arms() -> None:
-    arms = amortisation.amortisation_arms(16, SIZE)
-    assert list(arms) == [
-        "expander-d3", "expander-d3-pursuit", "dense-n32", "dense-n32-pursuit", "dense-n6", "dense-n6-pursuit",
-    ]  # fmt: skip
-    assert arms["dense-n32"]["encoder"] == "untied"
-    assert arms["dense-n32-pursuit"] == {"preset": "pursuit", "dictionary": "dense", "d_sae": 32, "k": 3}
-    assert arms["expander-d3-pursuit"] == {
+    arms = amortisation.chosen_arms(32, SETTINGS)
+    kinds = ("", "-pursuit", "-pursuit-nonneg")
+    assert list(arms) == [f"{name}{kind}" for name in ("expander-d4", "dense-n48", "dense-n6") for kind in kinds]
+    assert arms["dense-n48"]["encoder"] == "untied"
+    assert arms["dense-n48-pursuit"] == {"preset": "pursuit", "dictionary": "dense", "d_sae": 48, "k": 3}
+    assert arms["expander-d4-pursuit-nonneg"] == {
         "preset": "pursuit",
+        "encoder_options": {"nonnegative": True},
         "dictionary": "expander",
-        "d_sae": 32,
-        "degree": 3,
+        "d_sae": 48,
+        "degree": 4,
         "k": 3,
     }
-    assert arms["dense-n6"]["d_sae"] * 16 == 3 * 32  # as many values as the expander
-    from dataclasses import replace
+    assert arms["dense-n6"]["d_sae"] * 32 == 4 * 48  # as many values as the expander
+    fewer = amortisation.chosen_arms(32, replace(SETTINGS, dense_pursuit=False))
+    assert arms.keys() - fewer.keys() == {"dense-n48-pursuit", "dense-n48-pursuit-nonneg"}
 
-    assert "dense-n32-pursuit" not in amortisation.amortisation_arms(16, replace(SIZE, dense_pursuit=False))
 
-
-@pytest.fixture
-def stand_ins(tiny_store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def test_the_table_and_going_on(studied: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[str] = []
 
-    class Model:
-        tokenizer = None
+    def on_the_store(self: Subject, saes: dict[str, SAE], windows: int) -> list[dict[str, Any]]:
+        evaluated.append(next(iter(saes)))
+        rows = []
+        for name, sae in saes.items():
+            row = {"name": name, "encoder": sae.encoder.kind, "num_values": sae.num_values, "signed": sae.signed}
+            for prefix, reader in (("", sae), ("omp_", sae.with_encoder("omp"))):
+                found = reconstruction(reader, studied.activations(0))
+                row |= {f"{prefix}relative_error": found.relative_error, f"{prefix}fvu": found.fvu}
+                row |= {f"{prefix}ce_recovered": 1 - found.fvu}
+            rows.append(row | {"tokens": 600, "train_seconds": 1.0})
+        return rows
 
-    def rows(saes: dict[str, SAE], lm: Any, windows: list, layer: int) -> list[dict[str, Any]]:
-        ((name, sae),) = saes.items()
-        evaluated.append(name)
-        own, best = reconstruction(sae, tiny_store), reconstruction(sae.with_encoder("omp"), tiny_store)
-        figures = {
-            "relative_error": own.relative_error,
-            "fvu": own.fvu,
-            "ce_recovered": 1 - own.fvu,
-            "tokens": own.tokens,
+    monkeypatch.setattr(Subject, "evaluate", on_the_store)
+    rows = {row["name"]: row for row in amortisation.run_amortisation(SETTINGS, tmp_path).rows}
+    assert list(rows) == list(amortisation.chosen_arms(32, SETTINGS))
+    assert len(evaluated) == 18
+    assert [rows[name]["signed"] for name in ("expander-d4", "expander-d4-pursuit", "expander-d4-pursuit-nonneg")] == [
+        False,
+        True,
+        False,
+    ]
+    plain = rows["expander-d4"]
+    assert plain["runs"] == 2
+    assert plain["gap"] > rows["expander-d4-pursuit"]["gap"]  # a pursuit has next to no gap
+    assert plain["signed_gap"] != plain["gap"]
+    # The signed OMP is the paper's, by hand on one of the SAEs.
+    sae = SAE.from_pretrained(tmp_path / "expander-d4-seed0")
+    own, signed = (
+        reconstruction(one, studied.activations(0)).relative_error for one in (sae, sae.with_encoder("omp", signed=True))
+    )
+    cell = amortisation.Cells(tmp_path, amortisation.without_seeds(SETTINGS)).done["expander-d4-seed0"]["value"]
+    assert cell["signed_omp_relative_error"] / cell["relative_error"] == pytest.approx(signed / own)
+
+    assert {row["name"]: row for row in amortisation.run_amortisation(SETTINGS, tmp_path).rows} == rows
+    assert len(evaluated) == 18
+    # Another SAE in a folder is another result.
+    sae.dictionary.values.data.mul_(1.01)
+    sae.save_pretrained(tmp_path / "expander-d4-seed0")
+    amortisation.run_amortisation(SETTINGS, tmp_path)
+    assert evaluated[18:] == ["expander-d4"]
+
+
+def test_the_picture() -> None:
+    readings = {"": 0.5, "omp_": 0.4, "signed_omp_": 0.45}
+    rows = [
+        {"name": name} | {f"{key}{figure}": value for key, value in readings.items() for figure in ("relative_error", "ce_recovered")}
+        for name in ("a", "b")
+    ]  # fmt: skip
+    figure = amortisation.plot_amortisation(rows, "Title")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["relative error (lower is better)", "CE recovered (higher is better)"]  # fmt: skip
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    for axes in figure.axes:
+        assert points(axes) == {
+            "own encoder": [[0.5, 0], [0.5, 1]],
+            "OMP (magnitude)": [[0.4, 0], [0.4, 1]],
+            "OMP (signed, the paper's)": [[0.45, 0], [0.45, 1]],
         }
-        figures |= {"omp_relative_error": best.relative_error, "omp_fvu": best.fvu, "omp_ce_recovered": 1 - best.fvu}
-        facts = {"name": name, "encoder": sae.encoder.kind, "num_values": sae.num_values}
-        return [facts | figures | {"train_seconds": sae.metadata["training"]["seconds"]}]
-
-    monkeypatch.setattr(amortisation, "activations", lambda tokens: tiny_store)
-    monkeypatch.setattr(amortisation, "evaluation_rows", rows)
-    monkeypatch.setattr(amortisation.language, "load_model", lambda name: Model())
-    monkeypatch.setattr(amortisation.language, "sample_windows", lambda *args: [])
-    return evaluated
-
-
-def test_the_table_and_going_on(stand_ins: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = amortisation.run_amortisation(tmp_path, SIZE)
-    assert [row["name"] for row in rows] == list(amortisation.amortisation_arms(16, SIZE))
-    assert len(stand_ins) == 12
-    encoders = {row["name"]: row["encoder"] for row in rows}
-    assert encoders["expander-d3"] == "tied"
-    assert encoders["dense-n32"] == "untied"
-    assert encoders["dense-n6-pursuit"] == "matching-pursuit"
-    saved = json.loads((tmp_path / "cells.json").read_text())["cells"]
-    for row in rows:
-        assert row["runs"] == 2
-        gaps = [
-            1
-            - saved[f"{row['name']}-seed{seed}"]["omp_relative_error"]
-            / saved[f"{row['name']}-seed{seed}"]["relative_error"]
-            for seed in (0, 1)
-        ]
-        assert row["gap"] == pytest.approx(sum(gaps) / 2)
-    by_name = {row["name"]: row for row in rows}
-    assert by_name["expander-d3"]["gap"] > by_name["expander-d3-pursuit"]["gap"]  # a pursuit has next to no gap
-    assert (tmp_path / "amortisation.png").stat().st_size > 0
-    assert "± " in (tmp_path / "results.md").read_text()
-
-    monkeypatch.setattr(amortisation.language, "load_model", lambda name: pytest.fail("loaded for nothing"))
-    assert amortisation.run_amortisation(tmp_path, SIZE) == rows
-    assert len(stand_ins) == 12

@@ -86,17 +86,16 @@ def run_demo(settings: DemoSettings, out: Path) -> Finding:
 
         row = cells.get(name, one, lambda name=name: sae_hash(out / name))
         rows.append(row)
-        print(
-            "  " + ", ".join(f"{column.heading} {column.show(row)}" for column in EVALUATION_COLUMNS), file=sys.stderr
-        )
+        shown = "; ".join(f"{column.heading}: {column.show(row)}" for column in EVALUATION_COLUMNS[1:])
+        print(f"  {name}: {shown}", file=sys.stderr)
     meta, manifest = store.manifest.meta, store.manifest
     notes = [
         f"{meta.model} ({meta.revision}), output of block {subject.layer}; trained on {len(store):,} vectors (left "
-        f"out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), {settings.steps:,} "
-        f"steps of {settings.batch_size:,} for every SAE.",
+        f"out: {manifest.left_out_by_position:,} at position 0, {manifest.left_out_by_norm:,} by norm), "
+        f"{settings.steps:,} steps of {settings.batch_size:,} for every SAE.",
         f"Held out: {rows[0]['tokens']:,} positions of {settings.held_out_windows} windows of {WINDOW} tokens from "
-        f"other articles. CE recovered = (zero - recon.) / (zero - clean), in nats {rows[0]['ce_zero']:.3f} for zeros and "
-        f"{rows[0]['ce_clean']:.3f} clean, with {rows[0]['replaced'].replace('-', ' ')} positions replaced, "
+        f"other articles. CE recovered = (zero - recon.) / (zero - clean), in nats {rows[0]['ce_zero']:.3f} for zeros "
+        f"and {rows[0]['ce_clean']:.3f} clean, with {rows[0]['replaced'].replace('-', ' ')} positions replaced, "
         f"{rows[0]['left_alone']} left alone for their norm.",
         "In brackets: the same dictionary read by orthogonal matching pursuit (by magnitude; signed codes). Dead: not "
         f"fired in the last {settings.steps * settings.batch_size // 4:,} training tokens.",

@@ -42,8 +42,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
 # Decoders for exactly sparse data: seconds per sample on activations, which they cannot decode. A few samples show it.
 COMBINATORIAL = ("parallel-l0", "serial-l0", "robust-l0", "smp", "ssmp", "expander-recovery", "lddsr")
 
-SECONDS_TIMED = 0.2  # a reading is repeated up to this, and the median call counts
-
 COLUMNS = (
     Column("dictionary, k", lambda row: f"{row['name']}, {row['k']}"),
     Column("reading", text("method"), words=True),
@@ -83,11 +81,13 @@ class OmpSettings:
     """Held-out vectors a solver reads."""
     few: int = 8
     """Held-out vectors a combinatorial decoder reads."""
+    seconds: float = 0.2
+    """A reading is repeated up to this time, and the median call counts."""
 
 
 LAPTOP = OmpSettings()
 SMOKE = OmpSettings(
-    tokens=4096, held_out=2048, steps=20, batch_size=64, seeds=(0,), ks=(4,), degrees=(3,), d_sae=64, samples=16, few=1
+    tokens=4096, held_out=2048, steps=20, batch_size=64, seeds=(0,), ks=(4,), degrees=(3,), d_sae=64, samples=8, few=1, seconds=0.0
 )
 PAPER = replace(
     LAPTOP, model="pythia-70m", tokens=1_280_000, preset="paper", steps=5000, batch_size=256, ks=(16, 32, 64, 128),
@@ -118,7 +118,7 @@ def run_omp(settings: OmpSettings, out: Path) -> Finding:
                 few = method in COMBINATORIAL
 
                 def measure(name: str = name, arm: Mapping[str, Any] = arm, method: str = method, few: bool = few):
-                    return read(sae_of(name, arm), method, h[: settings.few] if few else h)
+                    return read(sae_of(name, arm), method, h[: settings.few] if few else h, settings.seconds)
 
                 measured = cells.get(f"{name}: {method}", measure, lambda name=name: sae_hash(out / name))
                 rows.append(facts | {"method": method} | measured)
@@ -135,8 +135,11 @@ def run_omp(settings: OmpSettings, out: Path) -> Finding:
     return Finding(table, f"Readings of trained dictionaries, {subject}", notes)
 
 
-def read(sae: SAE, method: str, h: Tensor) -> dict[str, Any]:
-    """Error and time of one reading of ``h (N, m)``; ``not_applicable`` says why a solver refuses the dictionary."""
+def read(sae: SAE, method: str, h: Tensor, timed: float) -> dict[str, Any]:
+    """Error and time of one reading of ``h (N, m)``, repeated up to ``timed`` seconds.
+
+    ``not_applicable`` says why a solver refuses the dictionary.
+    """
     choice = METHODS[method]
     try:
         reader = sae if choice is None else sae.with_encoder(choice[0], **choice[1])
@@ -155,7 +158,7 @@ def read(sae: SAE, method: str, h: Tensor) -> dict[str, Any]:
         began = time.perf_counter()
         code = reader.encode(h)
         seconds.append(time.perf_counter() - began)
-        if sum(seconds) >= SECONDS_TIMED:
+        if sum(seconds) >= timed:
             break
     with torch.no_grad():
         errors = (h - reader.decode(code)).double().norm(dim=1) / h.double().norm(dim=1)

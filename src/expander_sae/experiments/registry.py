@@ -157,7 +157,8 @@ def markdown() -> str:
         markdown_table(listed(), commands).rstrip(),
         "\n".join(f"- {line}" for line in scales),
         "Each continues after an interruption, does nothing twice, and writes `results.json` (everything), "
-        "`results.md` (the tables) and a picture. `--set name=value` changes any setting below, `--seeds N` the number of seeds.",
+        "`results.md` (the tables) and a picture. `--set name=value` changes any setting below, `--seeds N` "
+        "the number of seeds.",
     ]
     for name, experiment in discover().items():
         parts += [f"## {name}", experiment.question, _settings_table(experiment)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expander_sae.experiments.common.cells import Cells
-from expander_sae.experiments.common.embedded import over_seeds
+from expander_sae.experiments.common.resume import Cells, CellsError
+from expander_sae.experiments.common.seeds import over_seeds
 
 
 def test_a_cell_is_computed_once_even_across_runs(tmp_path: Path) -> None:
@@ -30,6 +30,16 @@ def test_a_cell_is_computed_once_even_across_runs(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "cells.json").read_text())["cells"]) == {"a", "b"}
 
 
+def test_a_cell_follows_what_it_was_computed_from(tmp_path: Path) -> None:
+    hashes: list[str | None] = ["one"]
+    assert Cells(tmp_path, {}).get("a", lambda: 1, lambda: hashes[-1]) == 1
+    assert Cells(tmp_path, {}).get("a", lambda: 2, lambda: hashes[-1]) == 1
+    hashes.append("two")
+    assert Cells(tmp_path, {}).get("a", lambda: 2, lambda: hashes[-1]) == 2
+    hashes.append(None)  # deleted to save room: the result stands
+    assert Cells(tmp_path, {}).get("a", lambda: 3, lambda: hashes[-1]) == 2
+
+
 def test_a_cell_that_fails_is_not_kept(tmp_path: Path) -> None:
     def fail() -> None:
         raise KeyboardInterrupt
@@ -42,13 +52,27 @@ def test_a_cell_that_fails_is_not_kept(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     Cells(tmp_path, {"size": 1, "seed": 0}).get("a", lambda: 1)
-    with pytest.raises(ValueError, match=r"other settings: size was 1 and is 2\. Choose another folder"):
+    with pytest.raises(CellsError, match=r"other settings: size was 1 and is 2\. Choose another folder"):
         Cells(tmp_path, {"size": 2, "seed": 0})
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    (tmp_path / "cells.json").write_text('{"settings": {}')
-    with pytest.raises(ValueError, match=r"cannot be read .*delete it to start afresh"):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b"1.5", b"1.6"),
+        lambda data: data.replace(b'"a"', b'"b"'),
+        lambda data: b"\xff" + data,
+        lambda data: b"[]",
+        lambda data: b'{"settings": {}, "cells": {}}',
+        lambda data: b"",
+    ],
+)
+def test_a_damaged_file_is_named(damage, tmp_path: Path) -> None:
+    Cells(tmp_path, {}).get("a", lambda: 1.5)
+    path = tmp_path / "cells.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CellsError, match=r"cells\.json .*elete it to start afresh"):
         Cells(tmp_path, {})
 
 
