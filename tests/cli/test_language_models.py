@@ -1,4 +1,4 @@
-"""``harvest`` and ``evaluate`` on small language models: which model, which place in it, which text, by which convention."""
+"""``harvest`` and ``evaluate`` on small language models: which model, place, text and convention."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_other_kinds_of_text(folder: Path, text: Path, tmp_path: Path) -> None:
     rows = harvested(folder, text, tmp_path / "acts", "--layer", 1).rows(slice(None))
     same = harvested(folder, table, tmp_path / "table", "--layer", 1, "--text-field", "body").rows(slice(None))
     assert torch.equal(rows, same)
-    refused(run("harvest", "--model", folder, "--layer", 1, "--text", table, "--out", tmp_path / "new"),
+    refused(run("harvest", "--model", folder, "--layer", 1, "--text", table, "--window", 16, "--out", tmp_path / "new"),
             'no field "text", only body.*--text-field')  # fmt: skip
 
 

@@ -182,7 +182,9 @@ def test_parts_are_replaced_where_they_were_read(layer: int, hook) -> None:
     assert found.reconstruction.fvu == pytest.approx(float((h - sae(h)).square().sum() / variance), rel=1e-4)
     with pytest.raises(MismatchError, match=f"hook: trained on '{hook}', this is 'residual'"):
         evaluate_in_model({"a": sae}, lm, chosen, layer, hook="residual")
+    sae.metadata["trained_on"] |= {"norm_median": 1e-6, "max_norm_multiple": 10.0}  # of this place, not of others
     elsewhere = evaluate_in_model({"a": sae}, lm, chosen, layer, hook="residual", allow_mismatch=True)["a"]
+    assert (elsewhere.left_alone, elsewhere.norm_limit_source) == (0, "calibrated on the evaluation text")
     assert elsewhere.ce_zero != pytest.approx(found.ce_zero, rel=1e-4)
 
 
