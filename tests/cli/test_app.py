@@ -119,11 +119,15 @@ def test_harvest_train_evaluate_info(place: Path, tmp_path: Path) -> None:
     whole = json.loads(out.read_text())
     assert whole["settings"] == {
         "model": str(place / "model"),
+        "revision": origin["revision"],
         "layer": LAYER,
         "text": str(place / "text.jsonl"),
         "split": "heldout",
         "window": 16,
         "windows": 5,
+        "convention": "ours",
+        "bos": False,
+        "concatenate": True,
     }
     (row,) = whole["rows"]
     assert (row["num_values"], row["k"], row["l0"] <= 3) == (96, 3, True)

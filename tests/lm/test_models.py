@@ -8,7 +8,7 @@ from support.lm import CONFIGS, LAYERS, tiny_lm
 from torch import nn
 
 from expander_sae.lm import PRESETS, ModelError, find_blocks, load_model, preset_for, residual
-from expander_sae.lm import models as models_module
+from expander_sae.lm import load as load_module
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_folders_revision_is_its_weights(folder):
 )
 def test_auto_dtype_follows_the_cpu(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert models_module.preferred_dtype(torch.device("cpu")) == expected
+    assert load_module.preferred_dtype(torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ def test_bad_names(tmp_path, folder):
 
 def test_presets():
     """The paper's layers, widths, sparsities and degrees."""
-    assert preset_for("EleutherAI/pythia-70m") is PRESETS["pythia-70m"]
+    assert preset_for("EleutherAI/pythia-70m-deduped") is PRESETS["pythia-70m"]
+    assert (
+        preset_for("EleutherAI/pythia-70m") is None
+    )  # other weights: the paper's were trained on the deduplicated Pile
     assert preset_for("Llama-3.2-1B") is PRESETS["llama-3.2-1b"]
     assert preset_for("gpt2") is None
     qwen = PRESETS["qwen2.5-3b"]
@@ -142,4 +145,87 @@ def test_a_presets_short_name_loads_its_hub_id(monkeypatch):
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
     with pytest.raises(ModelError):
         load_model("pythia-160m")
-    assert asked == ["EleutherAI/pythia-160m"]
+    assert asked == ["EleutherAI/pythia-160m-deduped"]
+
+
+# Options and what cannot be loaded
+
+
+def test_a_folder_is_known_by_its_absolute_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_model("tiny", dtype="float32", device="cpu").name == str(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_model("~/tiny", dtype="float32", device="cpu").name == str(folder)
+    with pytest.raises(ValueError, match="folder, which has no revisions"):
+        load_model(folder, revision="main")
+
+
+def test_a_device_map(lm, folder, tokens):
+    pytest.importorskip("accelerate")
+    loaded = load_model(folder, dtype="float32", device_map={"": "cpu"})
+    assert torch.equal(residual(loaded, tokens, 2), residual(lm, tokens, 2))
+    with pytest.raises(ValueError, match="device or device_map, not both"):
+        load_model(folder, device="cpu", device_map="auto")
+
+
+def test_quantising_says_what_it_needs(folder, monkeypatch):
+    with pytest.raises(ValueError, match="quantize must be 8bit or 4bit, not '2bit'"):
+        load_model(folder, quantize="2bit")  # type: ignore[arg-type]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="quantize 8bit needs the package bitsandbytes"):
+        load_model(folder, quantize="8bit")
+
+
+def test_the_dtype_of_a_quantised_model_is_that_of_its_other_parameters():
+    lm = tiny_lm()
+    head = torch.zeros(4, dtype=torch.int8)
+    lm.model.register_parameter("aaa", nn.Parameter(head, requires_grad=False))
+    assert next(lm.model.parameters()).dtype == torch.int8
+    assert lm.dtype == torch.float32
+
+
+def test_a_device_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"'cuda' was asked for, but torch .* sees no CUDA device"):
+        load_model(folder, device="cuda")
+    with pytest.raises(ValueError, match="'abacus' is no device torch knows"):
+        load_model(folder, device="abacus")
+
+
+def test_an_adapter_is_named_as_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match=r"(?s)is an adapter \(LoRA, PEFT\) for owner/base.*merge_and_unload"):
+        load_model(tmp_path)
+
+
+def test_an_adapter_on_the_hub_is_named_as_one(hub):
+    commit = hub.commit(tiny_lm(), "main")
+    (hub.folder / "snapshots" / commit / "config.json").unlink()
+    (hub.folder / "snapshots" / commit / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match=r"owner/model is an adapter \(LoRA, PEFT\) for owner/base"):
+        load_model("owner/model")
+
+
+def test_a_model_without_tokenizer(lm, tmp_path, folder):
+    lm.model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"(?s)bare has no tokenizer that transformers can read.*--tokenizer"):
+        load_model(tmp_path / "bare", device="cpu")
+    loaded = load_model(tmp_path / "bare", device="cpu", tokenizer=folder)
+    assert loaded.tokenizer_hash == lm.tokenizer_hash
+
+
+def test_code_that_comes_with_a_model_is_run_when_trusted(lm, folder):
+    import json
+
+    settings = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mine", "auto_map": code}))
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(folder, device="cpu")
+    loaded = load_model(folder, device="cpu", dtype="float32", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "MyModel"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 
 import pytest
@@ -24,22 +25,17 @@ def write(path, field="text", bom=False):
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(records(field)), path)
         return path
-    opened = (
-        gzip.open(path, "wt", encoding="utf-8", newline="")
-        if path.suffix == ".gz"
-        else open(path, "w", encoding="utf-8", newline="")
-    )
-    with opened as file:
-        if bom:
-            file.write("\ufeff")
-        if kind == "jsonl":
-            file.write("".join(json.dumps(record) + "\n" for record in records(field)))
-        elif kind == "json":
-            json.dump(records(field), file)
-        else:
-            writer = csv.DictWriter(file, ["id", field])
-            writer.writeheader()
-            writer.writerows(records(field))
+    file = io.StringIO(newline="")
+    if kind == "jsonl":
+        file.write("".join(json.dumps(record) + "\n" for record in records(field)))
+    elif kind == "json":
+        json.dump(records(field), file)
+    else:
+        writer = csv.DictWriter(file, ["id", field])
+        writer.writeheader()
+        writer.writerows(records(field))
+    content = (("\ufeff" if bom else "") + file.getvalue()).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
@@ -111,9 +107,9 @@ def test_damaged_files(tmp_path, name: str, content: bytes, message: str | None)
 
 def test_a_single_document_has_no_held_out_part(tmp_path) -> None:
     (tmp_path / "one.txt").write_text("w1 w2")
-    with pytest.raises(TextError, match="single document: .*--split all"):
+    with pytest.raises(TextError, match=r"single document: .*--split all"):
         documents(tmp_path / "one.txt", "heldout")  # before anything is read
     (tmp_path / "one.jsonl").write_text('{"text": "w1"}\n')
-    with pytest.raises(TextError, match="single document: .*--split all"):
+    with pytest.raises(TextError, match=r"single document: .*--split all"):
         list(documents(tmp_path / "one.jsonl", "heldout"))
     assert list(documents(tmp_path / "one.txt", "train")) == ["w1 w2"]

@@ -195,7 +195,7 @@ def _explain(source: str, revision: str | None, error: Exception) -> str:
         message += "The model brings code of its own. If you trust it: trust_remote_code=True, --trust-remote-code. "
     if revision is None:
         return message + "The folder must hold a causal language model that transformers can read."
-    if "config.json" in text and (adapter := _hub_adapter(source, revision)):
+    if (adapter := _hub_adapter(source, revision, ask="config.json" in text)) is not None:
         return _adapter_message(source, adapter)
     if "gated" in text or "401" in text or "403" in text:
         message += "If it is gated, accept its licence on its hub page, then log in with `hf auth login`. "
@@ -206,11 +206,12 @@ def _explain(source: str, revision: str | None, error: Exception) -> str:
     )
 
 
-def _hub_adapter(repo: str, revision: str) -> Path | None:
+def _hub_adapter(repo: str, revision: str, ask: bool) -> Path | None:
+    """The adapter's config if that is what the Hub has under this name. ``ask``: it is in reach."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repo, _ADAPTER, revision=revision))
+        return Path(hf_hub_download(repo, _ADAPTER, revision=revision, local_files_only=not ask))
     except (OSError, ValueError):
         return None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expander_sae.lm.hook import capture
+from expander_sae.lm.identity import mismatches
 from expander_sae.lm.models import LanguageModel
 from expander_sae.lm.sites import Site
 
@@ -96,8 +97,8 @@ def guard_for_evaluation(
 ) -> NormGuard:
     """The limit for an evaluation of SAEs trained on ``origins``.
 
-    The median is the one they record; where they record none, or several, that of the first 4,096 positions of the
-    windows, whatever batches these are run in. ``multiple``: ``"recorded"`` is the one they record, 10 if there is
+    The median is the one they record of this very model and site; where they record none, or several, that of the
+    first 4,096 positions of the windows, whatever batches these are run in. ``multiple``: ``"recorded"`` is the one they record, 10 if there is
     none; a number or None (no limit) overrides it.
     """
     known = [origin for origin in origins if origin]
@@ -108,7 +109,8 @@ def guard_for_evaluation(
         chosen = check_multiple(multiple)
     if chosen is None:
         return NormGuard(float("nan"), None, "no limit")
-    medians = {origin.get("norm_median") for origin in known}
+    # Another model's or place's median says nothing here.
+    medians = {o.get("norm_median") for o in known if not mismatches(o, lm, site.layer, site.hook)}
     if len(medians) == 1 and (median := medians.pop()) is not None:
         return NormGuard(float(median), chosen, "recorded")
     first = windows[: windows_to_calibrate(windows[0].shape[0])]
