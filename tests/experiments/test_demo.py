@@ -52,7 +52,7 @@ def test_each_result_is_shown_when_it_is_there_and_kept(
     assert [row["signed"] for row in finding.rows] == [False, False, True, False]
     sae = SAE.from_pretrained(tmp_path / "expander-d4")
     assert sae.metadata["metrics"]["fvu"] == rows["expander-d4"]["fvu"]
-    assert sae.metadata["trained_on"]["model"] == "toy"
+    assert sae.metadata["trained_on"]["model"] == "tiny-llama"
     assert "4 SAE folders" in finding.also
 
     monkeypatch.setattr(Subject, "evaluate", lambda *args: pytest.fail("evaluated again"))
