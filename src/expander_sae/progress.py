@@ -77,10 +77,10 @@ def _lines(console: Console, description: str, total: int, unit: str, done: int)
     def report() -> None:
         elapsed = max(time.monotonic() - began, 1e-9)
         rate = (reached - done) / elapsed
-        left = "" if not rate or reached >= total else f", {_duration((total - reached) / rate)} left"
+        left = "" if not rate or reached >= total else f", {duration((total - reached) / rate)} left"
         speed = f", {_rate(rate)} {unit}/s" if rate else ""
         note = f" ({latest})" if latest else ""
-        line = f"{description}: {reached:,} of {total:,}, {_duration(elapsed)}{speed}{left}{note}"
+        line = f"{description}: {reached:,} of {total:,}, {duration(elapsed)}{speed}{left}{note}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def every_interval() -> None:
@@ -106,7 +106,8 @@ def _rate(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``"9 s"``, ``"2 min 5 s"``, ``"2 h 1 min"``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -30,7 +30,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     features = torch.rand(ROWS, 40, generator=generator).topk(3, dim=1).indices.to(torch.int32)
     h = columns.decode(SparseCode(features, torch.randn(ROWS, 3, generator=generator)))
     h = h + 0.05 * torch.randn(h.shape, generator=generator) + torch.randn(WIDTH, generator=generator)
-    meta = StoreMeta("toy", None, "toy", "residual", 1, WIDTH, "float32", "prose", 8)
+    meta = StoreMeta("tiny-llama", None, "toy", "residual", 1, WIDTH, "float32", "prose", 8)
     folder: Path = tmp_path_factory.mktemp("store")
     with StoreWriter(folder, meta, expected_rows=ROWS) as writer:
         writer.append(h, torch.arange(ROWS), torch.arange(ROWS), cursor=None)

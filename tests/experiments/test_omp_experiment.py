@@ -15,7 +15,7 @@ from expander_sae.pursuit import SOLVERS, omp
 from expander_sae.sae import SAE
 
 SETTINGS = experiment.OmpSettings(
-    tokens=0, held_out=0, steps=30, batch_size=50, seeds=(0, 1), ks=(8,), degrees=(3,), d_sae=24, samples=20, few=3,
+    tokens=0, held_out=0, steps=15, batch_size=50, seeds=(0, 1), ks=(8,), degrees=(3,), d_sae=24, samples=10, few=2,
     seconds=0.0,
 )  # fmt: skip
 
@@ -36,16 +36,14 @@ def test_every_reading_of_every_dictionary_over_seeds_and_going_on(
     assert {row["name"] for row in rows} == {"expander d=3", "dense"}
     assert {row["runs"] for row in rows} == {2}
     for row in rows:
-        refused = row["name"] == "dense" and (
-            row["method"] in experiment.COMBINATORIAL or "disjoint" in row["method"]
-        )
+        refused = row["name"] == "dense" and (row["method"] in experiment.COMBINATORIAL or "disjoint" in row["method"])
         assert (row["relative_error"] is None) == refused, row
         if not refused:
-            assert row["samples"] == (3 if row["method"] in experiment.COMBINATORIAL else 20)
+            assert row["samples"] == (2 if row["method"] in experiment.COMBINATORIAL else 10)
             assert row["relative_error_sd"] is not None
             assert row["microseconds"] > 0
         # Other samples cannot be compared.
-        assert (row["against_own"] is None) == (refused or row["samples"] != 20 or row["method"] == experiment.OWN)
+        assert (row["against_own"] is None) == (refused or row["samples"] != 10 or row["method"] == experiment.OWN)
     assert len(list(out.glob("*/config.json"))) == 4
 
     # A seed may be added, and a cell that is lost is made again; nothing else is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
-from typer.testing import CliRunner
+from support.picture import points
 
-from expander_sae.cli import app
 from expander_sae.experiments import phase_transition as pt
+from expander_sae.report.phase import plot_phase_transition
 
-SMALL = pt.PhaseConfig(n=80, deltas=(0.25, 0.5), rhos=(0.05, 0.2, 0.5, 0.9), trials=6, draws=2, degree=4)
+SMALL = pt.PhaseSettings(n=80, deltas=2, max_rho=0.8, rhos=4, trials=6, draws=2, degree=4)
 
 
 @pytest.mark.parametrize("mask", ["left-regular", "balanced", "dense"])
-@pytest.mark.parametrize("values", pt.VALUES)
-@pytest.mark.parametrize("coefficients", pt.COEFFICIENTS)
+@pytest.mark.parametrize("values", ["flat", "gaussian", "binary"])
+@pytest.mark.parametrize("coefficients", ["gaussian", "signs"])
 def test_planted(mask: str, values: str, coefficients: str) -> None:
-    config = replace(SMALL, mask=mask, values=values, coefficients=coefficients, noise=0.1)
-    matrix, code, h = pt.planted(config, 20, 3, 50, seed=4)
+    settings = replace(SMALL, mask=mask, values=values, coefficients=coefficients, noise=0.1)
+    matrix, code, h = pt.planted(settings, 20, 3, 50, seed=4)
     clean = matrix.decode(code)
     torch.testing.assert_close(matrix.norms(), torch.ones(80))
     torch.testing.assert_close((h - clean).norm(dim=1), 0.1 * clean.norm(dim=1))
@@ -80,48 +79,67 @@ def test_the_fit_at_the_edges() -> None:
 
 
 def test_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = pt.run_phase_transition(tmp_path, SMALL)
+    rows = pt.run_phase_transition(SMALL, tmp_path).rows
     assert [(row["delta"], row["m"]) for row in rows] == [(0.25, 20), (0.5, 40)]
-    cells = list(csv.DictReader((tmp_path / "map.csv").open()))
-    assert [(int(c["m"]), int(c["k"])) for c in cells] == [(20, k) for k in (1, 4, 10, 18)] + [
-        (40, k) for k in (2, 8, 20, 36)
+    points = list(csv.DictReader((tmp_path / "map.csv").open()))
+    assert [(int(p["m"]), int(p["k"])) for p in points] == [(20, k) for k in (4, 8, 12, 16)] + [
+        (40, k) for k in (8, 16, 24, 32)
     ]
-    rates = {(int(c["m"]), int(c["k"])): float(c["rate"]) for c in cells}
-    assert rates[40, 2] == 1  # two columns of eighty
-    assert rates[40, 36] == 0  # 36 of 40: hopeless
-    for cell in cells:
-        assert float(cell["wilson_low"]) <= float(cell["rate"]) <= float(cell["wilson_high"])
-        assert cell["trials"] == "6"
-    assert (tmp_path / "map.png").stat().st_size > 0
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["solver"] == "omp"
+    assert [float(p["rate"]) for p in points] == [point["rate"] for row in rows for point in row["points"]]
+    assert points[-1]["rate"] == "0.0"  # 32 of 40: hopeless
+    for point in points:
+        assert float(point["wilson_low"]) <= float(point["rate"]) <= float(point["wilson_high"])
+        assert point["trials"] == "6"
 
     solved: list[tuple[int, int]] = []
     real = pt.recovery_errors
-    monkeypatch.setattr(pt, "recovery_errors", lambda config, m, k: solved.append((m, k)) or real(config, m, k))
-    assert pt.run_phase_transition(tmp_path, SMALL) == rows
+    monkeypatch.setattr(pt, "recovery_errors", lambda settings, m, k: solved.append((m, k)) or real(settings, m, k))
+    assert pt.run_phase_transition(SMALL, tmp_path).rows == rows
     assert not solved
-    lenient = pt.run_phase_transition(tmp_path, replace(SMALL, tolerance=100.0))  # other verdicts on the same errors
+    lenient = pt.run_phase_transition(replace(SMALL, tolerance=100.0), tmp_path).rows  # other verdicts, same errors
     assert not solved
     assert {row["beyond"][0] for row in lenient} == {">"}
-    pt.run_phase_transition(tmp_path, replace(SMALL, rhos=(0.05, 0.1, 0.2, 0.5, 0.9)))  # a finer grid, the same cells
-    assert solved == [(20, 2), (40, 4)]
+    finer = replace(SMALL, rhos=8)
+    pt.run_phase_transition(finer, tmp_path)  # the same cells, and those between them
+    assert solved == [(20, k) for k in (2, 6, 10, 14)] + [(40, k) for k in (4, 12, 20, 28)]
     with pytest.raises(ValueError, match="trials was 6 and is 7"):
-        pt.run_phase_transition(tmp_path, replace(SMALL, trials=7))
+        pt.run_phase_transition(replace(SMALL, trials=7), tmp_path)
+
+
+def test_two_columns_of_eighty_are_found() -> None:
+    assert all(error < 1e-3 for error in pt.recovery_errors(SMALL, 40, 2))
+
+
+def test_the_picture() -> None:
+    column = [{"rho": 0.2, "rate": 1.0}, {"rho": 0.6, "rate": 0.0}]
+    rows: list[dict] = [
+        {"delta": delta, "rho10": 0.4, "rho50": 0.3, "rho90": fit, "points": column}
+        for delta, fit in ((0.5, 0.2), (0.25, 0.1))
+    ]
+    rows.append({"delta": 0.75, "rho10": None, "rho50": None, "rho90": None, "points": [{"rho": 0.3, "rate": 0.5}]})
+    figure = plot_phase_transition(rows, "Title")
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("δ = m / n", "ρ = k / m", "Title")
+    shown = points(axes)
+    assert shown["50 % (logistic fit)"] == [[0.25, 0.3], [0.5, 0.3]]
+    assert shown["90 %"] == [[0.25, 0.1], [0.5, 0.2]]
+    columns = [collection.get_array().flatten().tolist() for collection in axes.collections]
+    assert columns == [[1.0, 0.0], [1.0, 0.0], [0.5]]
 
 
 def test_trials_are_dealt_over_the_draws_and_do_not_depend_on_the_grid() -> None:
-    config = replace(SMALL, trials=7, draws=3)
-    errors = pt.recovery_errors(config, 40, 8)
+    settings = replace(SMALL, trials=7, draws=3)
+    errors = pt.recovery_errors(settings, 40, 8)
     assert len(errors) == 7
-    assert errors == pt.recovery_errors(replace(config, deltas=(0.5,), rhos=(0.2,)), 40, 8)
-    assert errors != pt.recovery_errors(replace(config, seed=1), 40, 8)
+    assert errors == pt.recovery_errors(replace(settings, deltas=1, rhos=1), 40, 8)
+    assert errors != pt.recovery_errors(replace(settings, seed=1), 40, 8)
 
 
 def test_options_reach_the_solver_and_blocks_fit_small_codes() -> None:
-    config = replace(SMALL, options={"block": 4}, trials=30)
-    assert len(pt.recovery_errors(config, 40, 1)) == 30
-    plain = pt.recovery_errors(replace(config, options={}), 40, 12)
-    assert sum(pt.recovery_errors(config, 40, 12)) > sum(plain)  # blocks recover less
+    settings = replace(SMALL, options={"block": 4}, trials=30)
+    assert len(pt.recovery_errors(settings, 40, 1)) == 30
+    plain = pt.recovery_errors(replace(settings, options={}), 40, 12)
+    assert sum(pt.recovery_errors(settings, 40, 12)) > sum(plain)  # blocks recover less
 
 
 def test_noise_lowers_recovery_and_raises_the_tolerance() -> None:
@@ -138,13 +156,12 @@ def test_noise_lowers_recovery_and_raises_the_tolerance() -> None:
         ({"solver": "guess"}, "unknown solver 'guess'"),
         ({"options": {"blok": 2}}, "has no option 'blok'"),
         ({"mask": "random"}, "mask must be one of 'left-regular', .*'dense', got 'random'"),
-        ({"values": "cauchy"}, "values must be one of"),
-        ({"coefficients": "ones"}, "coefficients must be one of"),
-        ({"deltas": (0.0,)}, r"deltas must lie in \(0, 1\]"),
-        ({"rhos": (1.5,)}, r"rhos must lie in \(0, 1\]"),
+        ({"max_delta": 0.0}, r"max_delta must lie in \(0, 1\]"),
+        ({"max_rho": 1.5}, r"max_rho must lie in \(0, 1\]"),
+        ({"rhos": 0}, "deltas and rhos must be at least 1, got 2 and 0"),
         ({"draws": 7}, "draws must be between 1 and trials = 6, got 7"),
         ({"noise": -1.0}, "noise must not be negative"),
-        ({"deltas": (0.025,)}, "the smallest m is 2, a column uses 4 rows"),
+        ({"max_delta": 0.05}, "the smallest m is 2, a column uses 4 rows"),
     ],
 )
 def test_mistakes(change: dict, message: str) -> None:
@@ -152,35 +169,16 @@ def test_mistakes(change: dict, message: str) -> None:
         replace(SMALL, **change)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    arguments = ["--n", "80", "--degree", "4", "--trials", "4", "--set", "block=2", "--quick", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, ["phase-transition", *arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "ρ at 50 %" in result.output
-    assert json.loads((tmp_path / "results.json").read_text())["settings"]["options"] == {"block": 2}
-    wrong = CliRunner().invoke(app, ["phase-transition", "--solver", "guess", "--out", str(tmp_path)])
-    assert wrong.exit_code == 1
-    assert "unknown solver 'guess'" in wrong.output
-
-
-def test_every_reproduction_explains_itself() -> None:
-    for name in ("omp", "amortisation", "block-size", "dictionary-update"):
-        shown = CliRunner().invoke(app, ["reproduce", name, "--help"], env={"COLUMNS": "200"})
-        assert shown.exit_code == 0
-        assert f"expander-sae reproduce {name}" in shown.output
-        assert "--quick" in shown.output
-
-
 @pytest.mark.slow
 def test_the_transitions_of_the_literature() -> None:
-    """THEORY C.9 at m=512, n=4096, d=7, exact supports: the 50 % points of a small run of another program."""
-    config = pt.PhaseConfig(n=4096, deltas=(0.125,), rhos=tuple(k / 512 for k in range(32, 161, 16)), trials=40)
+    """At m=512, n=4096, d=7, exact supports: the 50 % points of a small run of another program."""
+    settings = pt.PhaseSettings(n=4096, trials=40)
     for values, coefficients, expected in (
         ("flat", "gaussian", 112),
         ("gaussian", "gaussian", 57),
         ("flat", "signs", 50),
     ):
-        chosen = replace(config, values=values, coefficients=coefficients)
+        chosen = replace(settings, values=values, coefficients=coefficients)
         errors = {k: pt.recovery_errors(chosen, 512, k) for k in range(32, 161, 16)}
         successes = [sum(e <= 1e-4 for e in found) for found in errors.values()]
         fit = pt.fit_transition([k / 512 for k in errors], successes, [40] * len(errors))

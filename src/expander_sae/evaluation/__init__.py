@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from expander_sae.evaluation.conventions import CONVENTIONS, Convention, convention_named
-from expander_sae.evaluation.in_model import InModel, MismatchError, differences, evaluate_in_model, evaluation_rows
+from expander_sae.evaluation.in_model import (
+    InModel,
+    MismatchError,
+    SharedPasses,
+    differences,
+    evaluate_in_model,
+    evaluation_rows,
+)
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered, reconstruction
 
 __all__ = [
@@ -13,6 +20,7 @@ __all__ = [
     "MismatchError",
     "Reconstruction",
     "ReconstructionMeter",
+    "SharedPasses",
     "ce_recovered",
     "convention_named",
     "differences",

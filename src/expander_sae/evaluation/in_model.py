@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from expander_sae.evaluation.conventions import Convention, Replaced, convention_named
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered
-from expander_sae.lm import Hook, Intervention, LanguageModel, NormGuard, Site, mismatches, special_ids
+from expander_sae.lm import Clean, Hook, Intervention, LanguageModel, NormGuard, Site, mismatches, special_ids
 from expander_sae.lm.norms import Multiple, guard_for_evaluation
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
@@ -61,6 +62,37 @@ class InModel:
         return flat.pop("reconstruction") | flat
 
 
+@dataclass(frozen=True)
+class _Untouched:
+    """A batch of windows in the model without an SAE: what is read at the site, replaced, and predicted."""
+
+    before: Clean
+    keep: Tensor
+    left_alone: int
+    ce: Mapping[str, float]
+
+
+class SharedPasses:
+    """What evaluations of one SAE after another have in common: the model without an SAE, run once.
+
+    Hand the same one to every call. It holds the activations of the windows; another model, site, convention, limit
+    or other windows start it afresh.
+    """
+
+    def __init__(self) -> None:
+        self._lm: LanguageModel | None = None
+        self._key: Any = None
+        self._batches: list[_Untouched] = []
+
+    def batch(self, number: int, lm: LanguageModel, key: Any, compute: Callable[[], _Untouched]) -> _Untouched:
+        """Batch ``number`` under ``key`` in ``lm``, computed if it is the next one."""
+        if lm is not self._lm or key != self._key:
+            self._lm, self._key, self._batches = lm, key, []
+        if number == len(self._batches):
+            self._batches.append(compute())
+        return self._batches[number]
+
+
 @torch.no_grad()
 def evaluate_in_model(
     saes: Mapping[str, SAE],
@@ -74,6 +106,7 @@ def evaluate_in_model(
     max_norm_multiple: Multiple = "recorded",
     allow_mismatch: bool = False,
     batch_windows: int = 4,
+    shared: SharedPasses | None = None,
 ) -> dict[str, InModel]:
     """Evaluate many SAEs on the same held-out windows, sharing what the model computes before their site.
 
@@ -90,6 +123,7 @@ def evaluate_in_model(
             over the first 4,096 positions of the windows. ``"recorded"``: the multiple too, 10 if there is none.
         allow_mismatch: evaluate even if weights, tokenizer, layer or hook are not those the SAEs record.
         batch_windows: windows a forward pass.
+        shared: what earlier calls computed without an SAE, and this one will leave to later ones.
 
     Raises:
         ValueError: an SAE of another width, no windows, windows of several lengths, shorter than two tokens or longer
@@ -115,9 +149,12 @@ def evaluate_in_model(
             "--allow-mismatch."
         )
     run = _Run(saes, lm, windows, site, how, max_norm_multiple, origins)
+    text = torch.stack(list(windows))
+    key = (site, how, run.guard.limit, len(run.special), batch_windows, text.numpy(force=True).tobytes())
     with progress("evaluate in the model", len(windows) * len(run.ce), "window") as advance:
-        for start in range(0, len(windows), batch_windows):
-            run.add(torch.stack(list(windows[start : start + batch_windows])).to(lm.device), advance)
+        for number, tokens in enumerate(text.split(batch_windows)):
+            compute = partial(run.untouched, tokens.to(lm.device))
+            run.add(compute() if shared is None else shared.batch(number, lm, key, compute), advance)
     return run.results()
 
 
@@ -152,31 +189,43 @@ class _Run:
         counted[:, 0] = False
         return counted
 
-    def _kept(self, tokens: Tensor, clean: Tensor) -> Tensor:
-        """Which positions are replaced, bool ``(B, T)``; the others past the first are counted."""
+    def _kept(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, int]:
+        """Which positions are replaced, bool ``(B, T)``, and how many past the first are not."""
         keep = ~(self.guard.too_large(clean) | torch.isin(tokens, self.special.to(tokens)))
-        self.left_alone += int((~keep[:, 1:]).sum())
+        left_alone = int((~keep[:, 1:]).sum())
         keep[:, 0] = self.how.replaced == "all"
-        return keep
+        return keep, left_alone
 
-    def add(self, tokens: Tensor, advance: Any) -> None:
+    def untouched(self, tokens: Tensor) -> _Untouched:
+        """The batch ``tokens (B, T)`` without an SAE, and with zeros."""
         before = self.intervention.read(tokens)
         clean = before.activations
-        self.predictions += tokens[:, 1:].numel()
-        keep = self._kept(tokens, clean)
+        keep, left_alone = self._kept(tokens, clean)
+        zero = _with_positions(clean, keep, torch.zeros_like(clean[keep]))
+        ce = {name: self._cross_entropy(before, stream) for name, stream in (("clean", clean), ("zero", zero))}
+        return _Untouched(before, keep, left_alone, ce)
+
+    def _cross_entropy(self, before: Clean, activations: Tensor) -> float:
+        return float(_cross_entropy(self.intervention.logits(before, activations), before.tokens))
+
+    def add(self, batch: _Untouched, advance: Any) -> None:
+        """One batch with every SAE."""
+        before, keep, count = batch.before, batch.keep, len(batch.before.tokens)
+        clean = before.activations
+        self.predictions += before.tokens[:, 1:].numel()
+        self.left_alone += batch.left_alone
+        for name, ce in batch.ce.items():
+            self.ce[name] += ce
+            advance(count)
         h = clean[keep]
-        variants = {"clean": clean, "zero": _with_positions(clean, keep, torch.zeros_like(h))}
         for name, sae in self.saes.items():
             began = time.perf_counter()
             code = sae.encode(h.to(sae.b_dec.device))
             recon = sae.decode(code)
             self.seconds[name] += time.perf_counter() - began
             self.meters[name].add(h, recon, code)
-            variants[f"sae:{name}"] = _with_positions(clean, keep, recon.to(clean))
-        for name, activations in variants.items():
-            logits = self.intervention.logits(before, activations)
-            self.ce[name] += float(_cross_entropy(logits, tokens))
-            advance(tokens.shape[0])
+            self.ce[f"sae:{name}"] += self._cross_entropy(before, _with_positions(clean, keep, recon.to(clean)))
+            advance(count)
 
     def results(self) -> dict[str, InModel]:
         ce = {name: total / self.predictions for name, total in self.ce.items()}
@@ -210,6 +259,7 @@ def evaluation_rows(
     replaced: Replaced | None = None,
     max_norm_multiple: Multiple = "recorded",
     allow_mismatch: bool = False,
+    shared: SharedPasses | None = None,
 ) -> list[dict[str, Any]]:
     """One flat row for each SAE: its sizes, :class:`InModel` under its own encoder, and under OMP (``omp_...``).
 
@@ -219,7 +269,7 @@ def evaluation_rows(
     pursued = {f"{name} (OMP)": sae.with_encoder("omp") for name, sae in saes.items()}
     results = evaluate_in_model(
         {**saes, **pursued}, lm, windows, layer, hook=hook, convention=convention, replaced=replaced,
-        max_norm_multiple=max_norm_multiple, allow_mismatch=allow_mismatch,
+        max_norm_multiple=max_norm_multiple, allow_mismatch=allow_mismatch, shared=shared,
     )  # fmt: skip
     rows = []
     for name, sae in saes.items():
@@ -233,7 +283,7 @@ def evaluation_rows(
             "dictionary": sae.dictionary.kind,
             "degree": sae.dictionary.degree,
             "encoder": sae.encoder.kind,
-            "signed": not getattr(sae.encoder, "relu", False),
+            "signed": sae.signed,
             "d_sae": sae.d_sae,
             "k": sae.k,
             "num_values": sae.num_values,

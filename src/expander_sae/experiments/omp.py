@@ -87,7 +87,17 @@ class OmpSettings:
 
 LAPTOP = OmpSettings()
 SMOKE = OmpSettings(
-    tokens=4096, held_out=2048, steps=20, batch_size=64, seeds=(0,), ks=(4,), degrees=(3,), d_sae=64, samples=8, few=1, seconds=0.0
+    tokens=4096,
+    held_out=2048,
+    steps=20,
+    batch_size=64,
+    seeds=(0,),
+    ks=(4,),
+    degrees=(3,),
+    d_sae=64,
+    samples=8,
+    few=1,
+    seconds=0.0,
 )
 PAPER = replace(
     LAPTOP, model="pythia-70m", tokens=1_280_000, preset="paper", steps=5000, batch_size=256, ks=(16, 32, 64, 128),

@@ -6,7 +6,7 @@ from expander_sae.lm.embedded import EMBEDDED, EmbeddedError, Split, fetch_model
 from expander_sae.lm.harvest import HarvestOptions, harvest, harvest_many
 from expander_sae.lm.hook import capture, continue_from, residual, splice
 from expander_sae.lm.identity import is_commit, mismatches
-from expander_sae.lm.intervene import Intervention
+from expander_sae.lm.intervene import Clean, Intervention
 from expander_sae.lm.load import ModelError, load_model
 from expander_sae.lm.models import LanguageModel, find_blocks
 from expander_sae.lm.norms import NormGuard
@@ -21,6 +21,7 @@ __all__ = [
     "HOOKS",
     "PILE",
     "PRESETS",
+    "Clean",
     "EmbeddedError",
     "HarvestOptions",
     "Hook",

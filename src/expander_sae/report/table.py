@@ -89,7 +89,8 @@ EVALUATION_DETAILS = (
 def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str = "") -> None:
     """Print to standard output at full width: a narrow terminal wraps lines, but no figure is cut off."""
     # As Text: square brackets in a name are no markup.
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=Text(title) if title else None, title_justify="left", **look)
     for column in columns:
         align = "left" if column.words or column is columns[0] else "right"
         table.add_column(Text(column.heading), justify=align, no_wrap=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expander_sae import lm as language
 from expander_sae.data import MANIFEST, ActivationStore
-from expander_sae.evaluation import evaluation_rows
+from expander_sae.evaluation import SharedPasses, evaluation_rows
 from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
 from expander_sae.sae.folder import CONFIG_NAME, read_config
@@ -54,6 +54,11 @@ class Subject:
         """The language model, loaded at the first use."""
         return language.load_model(self.model)
 
+    @cached_property
+    def passes(self) -> SharedPasses:
+        """Of the evaluations so far."""
+        return SharedPasses()
+
     def activations(self, tokens: int, split: language.Split = "train") -> ActivationStore:
         """The store of ``tokens`` rows in the cache; harvested once, for the demo and the experiments alike."""
         tail = "" if split == "train" else f"-{split}"
@@ -76,18 +81,16 @@ class Subject:
     def evaluate(self, saes: Mapping[str, SAE], windows: int) -> list[dict[str, Any]]:
         """Rows of :func:`~expander_sae.evaluation.evaluation_rows` on so many held-out windows, in the model.
 
-        ``signed`` says whether codes may be negative.
+        One call after another shares what the model computes without an SAE.
         """
-        rows = evaluation_rows(saes, self.lm, self.windows(windows), self.layer)
-        return [{"signed": saes[row["name"]].signed} | row for row in rows]
+        return evaluation_rows(saes, self.lm, self.windows(windows), self.layer, shared=self.passes)
 
 
 def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
     """The SAE ``name``, trained into ``out/name``, continued there, or taken as it is if it is finished."""
     recipe = resolve(settings)
     sae = recipe.sae.build(store.d_in)
-    sae.metadata["trained_on"] = store.origin()
-    train(sae, store, recipe.train, out / name, description=f"Train {name}")
+    train(sae, store, recipe.train, out / name, recipe=recipe, description=f"Train {name}")
     return sae
 
 
