@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, grad_and_value, vjp
 
 from expander_sae import ops
 from expander_sae.mask import Mask
-from expander_sae.ops import Selection, SparseCode, dense
+from expander_sae.ops import Selection, SparseCode, cpu, dense
 from expander_sae.ops.fused import tied_error
 
 M, N, D, B, K = 7, 11, 3, 4, 3
@@ -134,3 +134,12 @@ def test_functional_call(expander: bool) -> None:
     (module(h) - h).square().sum().backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad)
+
+
+@pytest.mark.skipif(not ops.has_fast_cpu(), reason="no C++ kernels")
+def test_a_kernel_called_within_a_transform() -> None:
+    """As the pursuits call them: on detached tensors, and into tensors made there."""
+    h, values = normal(B, M), normal(N, D)
+    _, expected = cpu.encode(h, ROWS, values, None, K)
+    slope = grad(lambda given: cpu.encode(given, ROWS, values, None, K)[1].sum() * given.sum())(h)
+    torch.testing.assert_close(slope, torch.full_like(h, expected.sum()))

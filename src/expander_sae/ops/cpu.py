@@ -262,11 +262,18 @@ def run_kernel(name: str, tensors: Mapping[str, Tensor | None], **scalars: float
     Raises:
         ValueError: an index or row is out of range.
     """
-    addresses = {key: 0 if tensor is None else tensor.data_ptr() for key, tensor in tensors.items()}
+    addresses = {key: 0 if tensor is None else _storage(tensor).data_ptr() for key, tensor in tensors.items()}
     try:
         return getattr(_module(), name)(**addresses, **scalars, threads=torch.get_num_threads())
     except IndexError as error:
         raise ValueError(str(error)) from None
+
+
+def _storage(tensor: Tensor) -> Tensor:
+    # Within torch.func.grad tensors come wrapped, and so do those made there: a pursuit takes and fills what is inside.
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _sparse(name: str, dtype: torch.dtype, m: int, **tensors: Tensor) -> None:
