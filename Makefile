@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: Python 3.11 or newer, make, a C++ compiler and a package index.
 #   make demo    install, then harvest, train, evaluate and compare on the embedded language model
 #   make test    install, then run the tests
-# Both install the project into $(VENV); DEMO and PYTEST pass further arguments, e.g. make demo DEMO=--quick
+# Both install the project into $(VENV); DEMO and PYTEST pass further arguments, e.g. make demo DEMO="--scale smoke"
 
 PYTHON ?= python3
 VENV ?= .venv
