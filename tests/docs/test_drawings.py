@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.house import ROOT, floors_built
+from support.pages import script
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def drawing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "draw.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["draw"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-DRAW = drawing()
+DRAW = script("draw.py")
 
 
 @pytest.mark.parametrize("name", DRAW.DRAWINGS)

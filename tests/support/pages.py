@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from support.house import ROOT
 
@@ -87,3 +90,14 @@ def faults_of(table: Table) -> list[str]:
     if not re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", rule.strip()):
         faults.append("its second line is no rule")
     return faults
+
+
+def script(name: str) -> ModuleType:
+    """A script of ``docs/``, imported."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name.removesuffix('.py')}", ROOT / "docs" / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
