@@ -271,8 +271,9 @@ def run_kernel(name: str, tensors: Mapping[str, Tensor | None], **scalars: float
 
 def _storage(tensor: Tensor) -> Tensor:
     # Within torch.func.grad tensors come wrapped, and so do those made there: a pursuit takes and fills what is inside.
-    while torch._C._functorch.is_gradtrackingtensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""The exact dictionary update: with the codes fixed, least squares for the whole decoder (THEORY E.1).
+"""The exact dictionary update: with the codes fixed, least squares for the whole decoder (docs/theory.md P4).
 
 On a mask the problem splits by rows. Row ``i`` of ``W`` has only the ``D_i`` entries of the columns that use it (about
 ``D = n·d/m``), so ``min Σ_t ‖h_t - b - W x_t‖²`` is ``m`` independent ``D_i x D_i`` systems: the method of optimal
