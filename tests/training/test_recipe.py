@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,18 @@ import yaml
 
 from expander_sae.pursuit import SOLVERS
 from expander_sae.training import TrainConfig
-from expander_sae.training.recipe import FIELDS, PRESETS, SAEConfig, parse_settings, read_config, resolve
+from expander_sae.training.recipe import (
+    FIELDS,
+    PRESET_NOTES,
+    PRESETS,
+    SAE_FIELDS,
+    SAEConfig,
+    parse_settings,
+    read_config,
+    resolve,
+    settings_markdown,
+    settings_reference,
+)  # fmt: skip
 
 
 def test_the_paper_is_the_defaults() -> None:
@@ -225,3 +237,84 @@ def test_every_setting_is_documented() -> None:
             if isinstance(here, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), here.target.id  # type: ignore[union-attr]
                 assert isinstance(after.value, ast.Constant)
+
+
+# Presets that yield
+
+
+def test_auxk_yields_to_resampling_where_no_features_are_ranked() -> None:
+    recipe = resolve({"preset": "modern", "encoder": "omp"})
+    assert (recipe.train.aux_k, recipe.train.resample_every, recipe.train.resample_norm) == (0, 250, "unit")
+    assert recipe.sae.sparsity_options == {}
+    assert resolve({"preset": "modern", "encoder": "omp", "resample_every": 9}).train.resample_every == 9
+    assert resolve({"preset": "modern", "encoder": "omp", "aux_k": 5}).train.aux_k == 5  # which the trainer refuses
+    assert resolve({"preset": "modern", "encoder": "untied"}).train.resample_every == 0
+
+
+def test_a_pursuits_options_yield_to_an_encoder_without_one() -> None:
+    assert resolve({"preset": "pursuit-nonneg"}).sae.encoder_options == {"nonnegative": True}
+    assert resolve({"preset": "pursuit-nonneg", "encoder": "omp"}).sae.encoder_options == {"nonnegative": True}
+    assert resolve({"preset": "pursuit-nonneg", "encoder": "tied"}).sae.encoder_options == {}
+    with pytest.raises(ValueError, match="no option 'nonnegative'"):  # never signed codes without a word
+        resolve({"preset": "pursuit-nonneg", "encoder": "cosamp"})
+
+
+def test_nonnegative_codes_are_not_signed() -> None:
+    sizes = {"d_sae": 20, "k": 3, "degree": 4}
+    assert resolve({"preset": "pursuit"}, sizes).sae.build(8).signed
+    assert not resolve({"preset": "pursuit-nonneg"}, sizes).sae.build(8).signed
+
+
+def test_the_papers_letter_and_its_stable_form_differ_in_one_setting() -> None:
+    letter, stable = (resolve({"preset": name}).to_dict() for name in ("paper", "paper-stable"))
+    assert {name for name in letter if letter[name] != stable[name]} == {"preset", "b_dec_init"}
+    assert letter["resample_norm"] == "inverse-sqrt-degree"
+    for name in ("pursuit", "pursuit-nonneg"):  # measured with it
+        assert PRESETS[name]["resample_norm"] == "unit"
+
+
+def test_every_preset_has_its_line() -> None:
+    assert PRESET_NOTES.keys() == PRESETS.keys()
+
+
+# Starting from an SAE
+
+
+def test_a_start_is_part_of_the_recipe() -> None:
+    recipe = resolve({"from": "runs/a", "lr": 0.5})
+    assert recipe.start == "runs/a"
+    whole = recipe.to_dict()
+    assert whole["from"] == "runs/a"
+    assert not whole.keys() & SAE_FIELDS
+    assert resolve(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert "from" not in resolve({}).to_dict()
+    with pytest.raises(ValueError, match="from must be a folder, a Hub id or a checkpoint, got 3"):
+        resolve({"from": 3})
+
+
+# The reference
+
+
+def test_the_reference_has_every_setting_once() -> None:
+    reference = settings_reference()
+    assert [setting.name for setting in reference] == list(dict.fromkeys(FIELDS))
+    found = {setting.name: setting for setting in reference}
+    assert found["lr"].default == "0.0003"
+    assert (found["b_dec_init"].choices, found["b_dec_init"].default) == (("zero", "mean"), "zero")
+    assert found["encoder"].choices[:2] == ("tied", "untied")
+    assert (found["encoder_options"].type, found["scale_activations"].type) == ("mapping", "bool")
+    for setting in reference:
+        assert setting.text.endswith("."), setting
+        assert "\n" not in setting.text
+        assert yaml.safe_load(setting.default) is not None
+
+
+def test_the_reference_as_markdown() -> None:
+    text = settings_markdown()
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert [len(table) - 2 for table in tables] == [
+        len(PRESETS),
+        *(sum(setting.section == title for setting in settings_reference()) for title in ("SAE", "training")),
+    ]
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1

@@ -15,18 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from expander_sae.data.sources import TensorSource
-from expander_sae.mask import Mask
-from expander_sae.ops import SparseCode
-from expander_sae.sae import SAE
-from expander_sae.training import TrainConfig, Trainer, TrainingDiverged, train
-from expander_sae.training.checkpoint import Checkpoint
-from expander_sae.training.dead import FeatureUse
-from expander_sae.training.log import TrainingLog
-from expander_sae.training.losses import aux_error
-from tests.support.training import (
+from support.training import (
     MODERN,
     PAPER,
     QUICK,
@@ -43,6 +32,17 @@ from tests.support.training import (
     same,
     state,
 )  # fmt: skip
+from torch import Tensor
+
+from expander_sae.data.sources import TensorSource
+from expander_sae.mask import Mask
+from expander_sae.ops import SparseCode
+from expander_sae.sae import SAE
+from expander_sae.training import TrainConfig, Trainer, TrainingDiverged, train
+from expander_sae.training.checkpoint import Checkpoint
+from expander_sae.training.dead import FeatureUse
+from expander_sae.training.log import TrainingLog
+from expander_sae.training.losses import aux_error
 
 # The recipe
 

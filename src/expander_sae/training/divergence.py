@@ -11,6 +11,7 @@ from torch import nn
 
 _OF_VARIANCE = 10.0  # a mean loss this many times the variance of the activations is no reconstruction ...
 _OF_START = 2.0  # ... unless the run began there: uncentred activations with b_dec at zero do
+_RECENT = 10  # steps
 
 
 class TrainingDiverged(RuntimeError):
@@ -54,11 +55,14 @@ def check_losses(losses: Sequence[float], first: int, start: float, variance: fl
     # A gradient can overflow where the loss does not; such weights must reach no checkpoint.
     if broken := not_finite(module):
         raise TrainingDiverged(f"by step {last} {', '.join(broken)} hold NaN or infinity")
-    if mean > max(_OF_VARIANCE * variance, _OF_START * start):
-        raise TrainingDiverged(
-            f"from step {first} to {last} the loss is {mean / start if start else math.inf:.3g} times its start, "
-            f"{mean / variance:.3g} times the variance of the activations"
-        )
+    for recent in (losses, losses[-_RECENT:]):  # a cliff shows in the last steps first: they reach no checkpoint
+        level = sum(recent) / len(recent)
+        if level > max(_OF_VARIANCE * variance, _OF_START * start):
+            raise TrainingDiverged(
+                f"from step {last - len(recent) + 1} to {last} the loss is "
+                f"{level / start if start else math.inf:.3g} times its start, {level / variance:.3g} times the "
+                "variance of the activations"
+            )
     return mean
 
 
