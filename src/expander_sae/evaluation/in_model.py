@@ -233,7 +233,7 @@ def evaluation_rows(
             "dictionary": sae.dictionary.kind,
             "degree": sae.dictionary.degree,
             "encoder": sae.encoder.kind,
-            "signed": not getattr(sae.encoder, "relu", False),
+            "signed": sae.signed,
             "d_sae": sae.d_sae,
             "k": sae.k,
             "num_values": sae.num_values,
