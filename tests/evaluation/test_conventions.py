@@ -179,7 +179,7 @@ def test_parts_are_replaced_where_they_were_read(layer: int, hook) -> None:
     assert found.ce_recon == pytest.approx(ce(lm, chosen, site, keeping(FIRST, sae)), rel=1e-5)
     h = capture(lm, torch.stack(chosen), [site])[site][:, 1:].flatten(0, 1)
     variance = (h - h.mean(dim=0)).square().sum()
-    assert found.reconstruction.fvu == pytest.approx(float((h - sae(h)).square().sum() / variance), rel=1e-4)
+    assert found.reconstruction.fvu == pytest.approx(float((h - sae(h).detach()).square().sum() / variance), rel=1e-4)
     with pytest.raises(MismatchError, match=f"hook: trained on '{hook}', this is 'residual'"):
         evaluate_in_model({"a": sae}, lm, chosen, layer, hook="residual")
     sae.metadata["trained_on"] |= {"norm_median": 1e-6, "max_norm_multiple": 10.0}  # of this place, not of others

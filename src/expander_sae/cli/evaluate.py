@@ -68,8 +68,7 @@ def evaluate(
     from expander_sae.sae import SAE
 
     how = convention_named(convention).with_replaced(replaced)  # type: ignore[arg-type]
-    folders = {name.rstrip("/"): Path(name).expanduser() if name.startswith("~") else name for name in saes}
-    loaded = {name: SAE.from_pretrained(folder) for name, folder in folders.items()}
+    loaded = {name.rstrip("/"): SAE.from_pretrained(name) for name in saes}
     origins = [sae.metadata.get("trained_on") or {} for sae in loaded.values()]
     model_name: str = model or _agreed(origins, "model", "--model")
     at: int = _agreed(origins, "layer", "--layer") if layer is None else layer
@@ -119,7 +118,9 @@ def evaluate(
             "convention": how.name,
             **packing,
         }
-        files.atomic_write_json(out.expanduser(), {"settings": settings, "environment": environment(), "rows": rows})
+        files.atomic_write_json(
+            files.user_path(out), {"settings": settings, "environment": environment(), "rows": rows}
+        )
 
 
 def _agreed(origins: list[dict[str, Any]], key: str, flag: str) -> Any:

@@ -24,7 +24,7 @@ from expander_sae.data import (
     StoreWriter,
     planned_bytes,
 )
-from expander_sae.files import human_bytes
+from expander_sae.files import human_bytes, user_path
 from expander_sae.lm.embedded import Split
 from expander_sae.lm.hook import capture
 from expander_sae.lm.models import LanguageModel
@@ -89,7 +89,7 @@ def harvest(
     a site that does not exist, a model that is not supported, or sizes out of range.
     """
     site = Site(layer, hook)
-    return _harvest(lm, source, {site: Path(out).expanduser()}, num_tokens, options)[site]
+    return _harvest(lm, source, {site: user_path(out)}, num_tokens, options)[site]
 
 
 def harvest_many(
@@ -110,7 +110,7 @@ def harvest_many(
     sites = [Site(layer, hook) for layer in dict.fromkeys(layers) for hook in dict.fromkeys(hooks)]
     if not sites:
         raise ValueError("name at least one layer and one hook")
-    folders = {site: Path(out).expanduser() / str(site) for site in sites}
+    folders = {site: user_path(out) / str(site) for site in sites}
     return _harvest(lm, source, folders, num_tokens, options)
 
 

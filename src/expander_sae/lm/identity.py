@@ -7,14 +7,22 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from expander_sae.lm.models import LanguageModel
+from typing import Any, Protocol
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _BLOCK = 2**16
 _BLOCKS = 64
+
+
+class Identified(Protocol):
+    """What a language model says of itself."""
+
+    name: str
+    revision: str | None
+    weights: str | None
+
+    @property
+    def tokenizer_hash(self) -> str | None: ...
 
 
 def is_commit(revision: str | None) -> bool:
@@ -73,7 +81,7 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     return f"tokenizer-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
-def mismatches(origin: Mapping[str, Any], lm: LanguageModel, layer: int, hook: str) -> list[str]:
+def mismatches(origin: Mapping[str, Any], lm: Identified, layer: int, hook: str) -> list[str]:
     """In what the model, the tokenizer and the site differ from those an SAE records; one line for each.
 
     ``origin``: the SAE's ``metadata["trained_on"]``; what it does not record is not compared. The weights are the

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from expander_sae.environment import device_named
+from expander_sae.files import user_path
 from expander_sae.lm.embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
 from expander_sae.lm.identity import cached_commit, cached_snapshot, weights_fingerprint
 from expander_sae.lm.models import LanguageModel
@@ -70,7 +71,7 @@ def load_model(
         if revision is not None:
             raise ValueError("the embedded model has one revision only: leave revision out")
         return loader.folder(converted_model(), EMBEDDED, REVISION)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a folder, which has no revisions: leave revision out")
@@ -176,7 +177,7 @@ class _Loader:
 
     def _load_tokenizer(self, auto: Any, source: str, at: dict[str, str], code: dict[str, bool]) -> Any:
         if self.tokenizer is not None:
-            return auto.from_pretrained(os.path.expanduser(self.tokenizer), **code)
+            return auto.from_pretrained(str(user_path(self.tokenizer)), **code)
         try:
             return auto.from_pretrained(source, **at, **code)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ class LanguageModel:
     revision: str | None = None
     weights: str | None = None
     blocks: nn.ModuleList = field(init=False, repr=False)
+    _tokenizer_hash: str | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.blocks = find_blocks(self.model)
@@ -64,10 +64,12 @@ class LanguageModel:
         """The longest window the model is made for, in tokens; None if its config names none."""
         return getattr(_text_config(self.model), "max_position_embeddings", None)
 
-    @cached_property
+    @property
     def tokenizer_hash(self) -> str | None:
-        """A hash of the tokenizer's vocabulary and special tokens."""
-        return tokenizer_hash(self.tokenizer)
+        """A hash of the tokenizer's vocabulary and special tokens, as they were when it was first asked for."""
+        if self._tokenizer_hash is None:
+            self._tokenizer_hash = tokenizer_hash(self.tokenizer)
+        return self._tokenizer_hash
 
     def check_window(self, window: int) -> int:
         """Return ``window``, or raise ``ValueError`` if it is no length this model reads."""

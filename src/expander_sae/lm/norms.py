@@ -98,8 +98,8 @@ def guard_for_evaluation(
     """The limit for an evaluation of SAEs trained on ``origins``.
 
     The median is the one they record of this very model and site; where they record none, or several, that of the
-    first 4,096 positions of the windows, whatever batches these are run in. ``multiple``: ``"recorded"`` is the one they record, 10 if there is
-    none; a number or None (no limit) overrides it.
+    first 4,096 positions of the windows, whatever batches these are run in. ``multiple``: ``"recorded"`` is the one
+    they record, 10 if there is none; a number or None (no limit) overrides it.
     """
     known = [origin for origin in origins if origin]
     if multiple == "recorded":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from expander_sae.files import sha256_file
+from expander_sae.files import sha256_file, user_path
 from expander_sae.lm.embedded import EMBEDDED, Split, fetch_text, in_split
 from expander_sae.lm.packing import pack
 from expander_sae.lm.readers import KINDS, TextError, kind_of, read_file, text_of
@@ -102,7 +102,7 @@ def sample_windows(
 
 def _files(source: str) -> list[Path] | None:
     """The files of a local source in order, or None if it is a dataset id."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if kind_of(file) not in (None, ".json") and file.is_file())
         if not files:
