@@ -74,7 +74,7 @@ class AmortisationSettings:
 
 LAPTOP = AmortisationSettings()
 SMOKE = AmortisationSettings(
-    tokens=4096, windows=1, steps=20, batch_size=64, seeds=(0,), d_sae=64, k=4, degrees=(3,)
+    tokens=4096, windows=1, steps=8, batch_size=64, seeds=(0,), d_sae=64, k=4, degrees=(3,)
 )  # fmt: skip
 PAPER = replace(
     LAPTOP, model="pythia-70m", tokens=1_280_000, windows=64, preset="paper", steps=5000, batch_size=256,

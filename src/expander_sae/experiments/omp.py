@@ -111,28 +111,24 @@ def run_omp(settings: OmpSettings, out: Path) -> Finding:
     store, test = subject.activations(settings.tokens), subject.activations(settings.held_out, "heldout")
     h = test.sample(min(settings.samples, len(test)), 0).float()
     cells = Cells(out, without_seeds(settings) | {"torch_threads": torch.get_num_threads()})
-    loaded: dict[str, SAE] = {}
-
-    def sae_of(name: str, arm: Mapping[str, Any]) -> SAE:
-        if name not in loaded:
-            loaded.clear()  # one at a time: dense ones are large
-            loaded[name] = trained(name, arm, store, out)
-        return loaded[name]
-
     rows = []
-    arms = _arms(settings)
-    with progress("Read by every solver", len(arms) * len(METHODS), "reading") as advance:
-        for name, arm in arms.items():
-            facts = {"name": _dictionary_name(arm), "k": arm["k"], "seed": arm["seed"]}
+    for name, arm in _arms(settings).items():
+        facts = {"name": _dictionary_name(arm), "k": arm["k"], "seed": arm["seed"]}
+        before = sae_hash(out / name)
+        done = sum(cells.holds(f"{name}: {method}", before) for method in METHODS)
+        sae = trained(name, arm, store, out) if done < len(METHODS) else None
+        weights = sae_hash(out / name)
+        with progress(f"Read {name}", len(METHODS), "reading", done=done) as advance:
             for method in METHODS:
-                few = method in COMBINATORIAL
+                key, few = f"{name}: {method}", method in COMBINATORIAL
 
-                def measure(name: str = name, arm: Mapping[str, Any] = arm, method: str = method, few: bool = few):
-                    return read(sae_of(name, arm), method, h[: settings.few] if few else h, settings.seconds)
+                def one(sae: SAE | None = sae, method: str = method, few: bool = few) -> dict[str, Any]:
+                    assert sae is not None
+                    return read(sae, method, h[: settings.few] if few else h, settings.seconds)
 
-                measured = cells.get(f"{name}: {method}", measure, lambda name=name: sae_hash(out / name))
-                rows.append(facts | {"method": method} | measured)
-                advance(1, note=f"{name} {method}")
+                fresh = not cells.holds(key, weights)
+                rows.append(facts | {"method": method} | cells.get(key, one, lambda weights=weights: weights))
+                advance(int(fresh), note=method)
     table = _against_own(over_seeds(rows, ("name", "k", "method"), ("relative_error", "samples_sd", "microseconds")))
     notes = [
         "Relative error ‖h - ĥ‖ / ‖h‖ on held-out activations, mean over samples; ± is the deviation over "

@@ -57,8 +57,9 @@ class Cells:
             )
         return saved["settings"], saved["cells"]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.done
+    def holds(self, key: str, of: str | None = None) -> bool:
+        """Whether the cell ``key`` is there, computed from what has the hash ``of``; see :meth:`get`."""
+        return key in self.done and (of is None or of == self.done[key]["of"])
 
     def get(self, key: str, compute: Callable[[], Any], of: Callable[[], str | None] = lambda: None) -> Any:
         """The cell ``key`` (a JSON value), computed and saved if it is not there yet.
@@ -70,10 +71,8 @@ class Cells:
                 a cell is used again. One of another hash is computed afresh; ``None`` (it is not there any more) is
                 taken to be unchanged.
         """
-        if key in self.done:
-            now = of()
-            if now is None or now == self.done[key]["of"]:
-                return self.done[key]["value"]
+        if key in self.done and self.holds(key, of()):
+            return self.done[key]["value"]
         value = compute()
         self.done[key] = {"value": value, "of": of()}
         self.save()
