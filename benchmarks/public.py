@@ -24,7 +24,7 @@ from expander_sae.training.recipe import resolve
 
 KERNEL = "kernel"
 BARE_STEP = "bare step"
-PRESETS = ("paper", "modern", "pursuit")
+TIMED_PRESETS = ("paper", "modern", "pursuit")
 
 _STEPS = 200  # of a training run that is timed
 _STORED_BATCHES = 20
@@ -56,7 +56,7 @@ def _training(shape: Shape, settings: Settings) -> list[Row]:
     h = activations(shape.d_in, settings.batch)
     race.enter(BARE_STEP, lambda: loop_step(expander_sae(shape), h), samples=settings.batch, ours=True)
     with _store(shape, settings.batch) as store:
-        for preset in PRESETS:
+        for preset in TIMED_PRESETS:
             build = partial(_run, shape, settings.batch, store, preset)
             race.enter(f"train, preset {preset}", build, samples=settings.batch * _STEPS)
         return race.rows()

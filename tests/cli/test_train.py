@@ -165,7 +165,7 @@ def test_a_setting_misspelt(acts: Path, tmp_path: Path) -> None:
 
 
 def test_the_help_names_the_choices_there_are() -> None:
-    for text, names in ((command.PRESETS, PRESETS), (command.ENCODERS, ENCODERS)):
+    for text, names in ((command.PRESET_CHOICES, PRESETS), (command.ENCODERS, ENCODERS)):
         assert set(re.findall(r"`([\w-]+)`", text)) == set(names)
     shown = " ".join(run("train", "--help").output.replace("│", " ").split())
     for name in (*PRESETS, "tied", "omp", "cosamp", "expander", "dense", "tensorboard", "wandb"):

@@ -7,7 +7,7 @@ import torch
 from support.lm import CONFIGS, LAYERS, tiny_lm
 from torch import nn
 
-from expander_sae.lm import PRESETS, ModelError, find_blocks, load_model, preset_for, residual
+from expander_sae.lm import MODELS, ModelError, find_blocks, load_model, preset_for, residual
 from expander_sae.lm import load as load_module
 
 
@@ -122,15 +122,15 @@ def test_bad_names(tmp_path, folder):
 
 def test_presets():
     """The paper's layers, widths, sparsities and degrees."""
-    assert preset_for("EleutherAI/pythia-70m-deduped") is PRESETS["pythia-70m"]
+    assert preset_for("EleutherAI/pythia-70m-deduped") is MODELS["pythia-70m"]
     assert (
         preset_for("EleutherAI/pythia-70m") is None
     )  # other weights: the paper's were trained on the deduplicated Pile
-    assert preset_for("Llama-3.2-1B") is PRESETS["llama-3.2-1b"]
+    assert preset_for("Llama-3.2-1B") is MODELS["llama-3.2-1b"]
     assert preset_for("gpt2") is None
-    qwen = PRESETS["qwen2.5-3b"]
+    qwen = MODELS["qwen2.5-3b"]
     assert (qwen.layers, qwen.d_sae, qwen.k, qwen.degrees) == ((12, 24), 16384, 64, (7, 30, 102))
-    for preset in PRESETS.values():
+    for preset in MODELS.values():
         assert preset.k < preset.d_sae
         assert all(degree >= 1 for degree in preset.degrees)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from expander_sae.training.recipe import Recipe
 
 # Written out, because `--help` need not wait for torch; a test compares them with the registries.
-PRESETS = "`paper`, `modern` (default), `pursuit`, `pursuit-nonneg`, `paper-stable`"
+PRESET_CHOICES = "`paper`, `modern` (default), `pursuit`, `pursuit-nonneg`, `paper-stable`"
 ENCODERS = (
     "`tied`, `untied`, or a pursuit: `omp`, `ols`, `matching-pursuit`, `mp-unrolled`, `gradient-pursuit`, `iht`, `niht`, "
     "`htp`, `cosamp`, `subspace-pursuit`, `ista`, `fista`, `parallel-l0`, `serial-l0`, `robust-l0`, `smp`, `ssmp`, "
@@ -56,7 +56,7 @@ def train(
         typer.Option("--from", help="Train this SAE further: a folder, a Hub id, a checkpoint or an unfinished run."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; flags override it.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"One of {PRESETS}; see --settings.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of {PRESET_CHOICES}; see --settings.")] = None,
     dictionary: Annotated[str | None, typer.Option(help="`expander` or `dense`.")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Features; default: the number studied on a known model.")] = None,
     degree: Annotated[int | None, typer.Option(help="Rows each column of an expander uses.")] = None,

@@ -11,7 +11,7 @@ from expander_sae.lm.load import ModelError, load_model
 from expander_sae.lm.models import LanguageModel, find_blocks
 from expander_sae.lm.norms import NormGuard
 from expander_sae.lm.packing import pack, special_ids, wants_bos
-from expander_sae.lm.presets import PRESETS, ModelPreset, preset_for
+from expander_sae.lm.presets import MODELS, ModelPreset, preset_for
 from expander_sae.lm.readers import TextError
 from expander_sae.lm.sites import HOOKS, Hook, Site
 from expander_sae.lm.text import PILE, documents, sample_windows
@@ -19,8 +19,8 @@ from expander_sae.lm.text import PILE, documents, sample_windows
 __all__ = [
     "EMBEDDED",
     "HOOKS",
+    "MODELS",
     "PILE",
-    "PRESETS",
     "Clean",
     "EmbeddedError",
     "HarvestOptions",

@@ -17,7 +17,7 @@ from expander_sae.files import user_path
 from expander_sae.lm.embedded import EMBEDDED, REVISION, converted_model, quiet_transformers
 from expander_sae.lm.identity import cached_commit, cached_snapshot, weights_fingerprint
 from expander_sae.lm.models import LanguageModel
-from expander_sae.lm.presets import PRESETS, preset_for
+from expander_sae.lm.presets import MODELS, preset_for
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["8bit", "4bit"]
@@ -78,7 +78,7 @@ def load_model(
         return loader.folder(path, os.path.abspath(path), None)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
-            f"{name} is not a model folder. Give a hub id such as {PRESETS['pythia-70m'].hub_id}, a folder "
+            f"{name} is not a model folder. Give a hub id such as {MODELS['pythia-70m'].hub_id}, a folder "
             f"with config.json and weights, or {EMBEDDED!r} for the model that needs no hub."
         )
     preset = preset_for(name)

@@ -25,7 +25,7 @@ class ModelPreset:
 # The paper's four models with its own sizes (arXiv 2607.01799, Section 5 and the author's result files: there
 # "layer 3" is the output of block 3 counted from 0, as here), and the embedded model of the demo. Its Pythia models
 # are those trained on the deduplicated Pile: pythia-70m without the suffix has other weights.
-PRESETS: dict[str, ModelPreset] = {
+MODELS: dict[str, ModelPreset] = {
     "pythia-70m": ModelPreset("EleutherAI/pythia-70m-deduped", (3, 1, 5), 4096, 64, (7, 30, 50, 100, 200)),
     "pythia-160m": ModelPreset("EleutherAI/pythia-160m-deduped", (4, 8), 6144, 64, (10, 75, 300)),
     "qwen2.5-3b": ModelPreset("Qwen/Qwen2.5-3B", (12, 24), 16384, 64, (7, 30, 102)),
@@ -37,7 +37,7 @@ PRESETS: dict[str, ModelPreset] = {
 def preset_for(name: str) -> ModelPreset | None:
     """The preset with this short name or hub id (letter case ignored), else None."""
     wanted = name.lower()
-    for short, preset in PRESETS.items():
+    for short, preset in MODELS.items():
         if wanted in (short, preset.hub_id.lower()):
             return preset
     return None

@@ -29,7 +29,7 @@ class Subject:
     """A language model, the layer studied and its text. Nothing is loaded before it is needed.
 
     Attributes:
-        model: a short name of :data:`expander_sae.lm.PRESETS`.
+        model: a short name of :data:`expander_sae.lm.MODELS`.
         layer: block whose output is studied.
         text: source of training and held-out text.
     """
