@@ -18,10 +18,13 @@ class _OnSupport(torch.autograd.Function):
     """``x = (W_SᵀW_S)⁻¹ W_Sᵀ h``: the forward hands found coefficients through, the backward is the exact adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, indices: Tensor, values: Tensor, matrix: Matrix) -> Tensor:
-        ctx.save_for_backward(indices, values)
-        ctx.matrix = matrix
+    def forward(h: Tensor, indices: Tensor, values: Tensor, matrix: Matrix) -> Tensor:
         return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _h, indices, values, ctx.matrix = inputs
+        ctx.save_for_backward(indices, values)
 
     @staticmethod
     @once_differentiable

@@ -96,9 +96,12 @@ class _Coefficients(torch.autograd.Function):
     """Coefficients ``(B, k)`` found in the forward, with their gradient in ``h`` and ``columns``."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, columns: Tensor, rows: Tensor | None, indices: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(h, columns, rows, indices, values)
+    def forward(h: Tensor, columns: Tensor, rows: Tensor | None, indices: Tensor, values: Tensor) -> Tensor:
         return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
