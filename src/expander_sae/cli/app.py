@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -27,9 +28,11 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            Console(stderr=True).print("\nInterrupted; the same command continues where it stopped.")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            signum = getattr(stop, "signum", signal.SIGINT)  # of a `Stopped`: SIGTERM or SIGHUP, perhaps
+            how = "Interrupted" if signum == signal.SIGINT else f"Stopped by {stop}"
+            Console(stderr=True).print(f"\n{how}; the same command continues where it stopped.")
+            raise typer.Exit(128 + signum) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors and an OSError that are typer's affair
             raise
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

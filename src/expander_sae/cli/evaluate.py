@@ -65,10 +65,10 @@ def evaluate(
     from expander_sae.environment import environment
     from expander_sae.evaluation import convention_named, differences, evaluation_rows
     from expander_sae.report.table import EVALUATION_COLUMNS, print_table
-    from expander_sae.sae import SAE
+    from expander_sae.training import load_sae
 
     how = convention_named(convention).with_replaced(replaced)  # type: ignore[arg-type]
-    loaded = {name.rstrip("/"): SAE.from_pretrained(name) for name in saes}
+    loaded = {name.rstrip("/"): load_sae(name) for name in saes}
     origins = [sae.metadata.get("trained_on") or {} for sae in loaded.values()]
     model_name: str = model or _agreed(origins, "model", "--model")
     at: int = _agreed(origins, "layer", "--layer") if layer is None else layer

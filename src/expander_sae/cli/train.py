@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +92,6 @@ def train(
     from expander_sae import files
     from expander_sae.data import ActivationStore
     from expander_sae.environment import device_named
-    from expander_sae.training import Stopped
     from expander_sae.training import train as run
     from expander_sae.training.log import Trackers
     from expander_sae.training.recipe import FROM, parse_settings, read_config
@@ -105,22 +102,16 @@ def train(
     read = read_config(config) if config else {}
     source = ActivationStore.open(files.user_path(store))
     sae, recipe = _subject(source, read, given, device_named(device))
-    try:
-        summary = run(
-            sae,
-            source,
-            recipe.train,
-            out,
-            recipe=recipe,
-            restart=restart,
-            replace=recipe.start is not None,
-            trackers=Trackers(tuple(track or ()), track_project, track_name),
-        )
-    except Stopped as stop:
-        if stop.signum == signal.SIGINT:
-            raise
-        print(f"\nStopped by {stop}; the same command continues where it stopped.", file=sys.stderr)
-        raise typer.Exit(128 + stop.signum) from None
+    summary = run(
+        sae,
+        source,
+        recipe.train,
+        out,
+        recipe=recipe,
+        restart=restart,
+        replace=recipe.start is not None,
+        trackers=Trackers(tuple(track or ()), track_project, track_name),
+    )
     print(
         f"{out}: {sae.num_values:,} values, {files.human_bytes(sae.num_bytes)}, trained in {summary['seconds']:.1f} s"
     )
