@@ -26,7 +26,7 @@ class Floor:
 
 
 FLOORS = (
-    Floor("ground", ("registry", "stored", "files", "progress", "environment"), "kinds by name, disks, terminals"),
+    Floor("ground", ("registry", "fields", "stored", "files", "progress", "environment"), "names, disks, terminals"),
     Floor("masks", ("mask",), "supports, and recipes that redraw them bit for bit"),
     Floor("operations", ("ops",), "gather, reduce, select: reference, C++, Triton"),
     Floor("dictionaries", ("dictionary",), "learned columns; the matrix held still"),

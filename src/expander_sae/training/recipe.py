@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import json
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -16,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import yaml
 
 from expander_sae import files
+from expander_sae.fields import field_texts
 from expander_sae.mask import CONSTRUCTIONS
 from expander_sae.registry import unknown
 from expander_sae.sae import ENCODERS, SPARSITIES, SAEConfig
@@ -227,7 +224,7 @@ def settings_reference() -> list[Setting]:
     """All settings of config files and ``--set``, from the fields of SAEConfig and TrainConfig and their docstrings."""
     found = []
     for section, title in ((SAEConfig, "SAE"), (TrainConfig, "training")):
-        made, texts = section(), _field_texts(section)
+        made, texts = section(), field_texts(section)
         for field in fields(section):
             if title == "training" and field.name == "seed":  # one setting, two fields
                 continue
@@ -262,13 +259,3 @@ def settings_markdown() -> str:
 
 def _flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-
-
-def _field_texts(section: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for here, after in itertools.pairwise(body):
-        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name) and isinstance(after, ast.Expr):
-            texts[here.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return texts

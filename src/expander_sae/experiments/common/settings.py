@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
 import types
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from expander_sae.fields import field_texts
 from expander_sae.registry import unknown
 
 Settings = TypeVar("Settings")
@@ -57,12 +54,7 @@ def fitted(name: str, hint: Any, value: Any) -> Any:
 
 def described(kind: type) -> dict[str, str]:
     """What each field of a dataclass means, by name: the docstring under it, in one line, with the choices it has."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    texts: dict[str, str] = {}
-    for field, after in itertools.pairwise(body):
-        match field, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                texts[name] = " ".join(said.split())
+    texts = field_texts(kind)
     missing = [one.name for one in fields(kind) if one.name not in texts]  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{kind.__name__}: no docstring under {', '.join(missing)}")
