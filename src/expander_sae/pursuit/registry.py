@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from expander_sae.pursuit.code import PursuitCode
 from expander_sae.pursuit.combinatorial import expander_recovery, lddsr, parallel_l0, serial_l0
@@ -61,5 +62,17 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise :class:`ValueError` if ``options`` names something the solver does not take."""
+    """Raise :class:`ValueError` if ``options`` names something the solver does not take, or of another type."""
     check_names(f"solver {name!r}", options, options_of(name))
+    hints = get_type_hints(solver(name))
+    for option, value in options.items():
+        kinds = get_args(hints[option]) or (hints[option],)
+        if not _fits(value, kinds):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"option {option!r} of solver {name!r} must be {wanted}, got {value!r}")
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int in kinds or float in kinds
+    return type(value) in kinds
