@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=_sizes, help="d_in x d_sae x degree x k, such as 512x4096x7x64,576x4608x7x32")
     parser.add_argument("--repeats", type=_positive, default=5, help="turns of each contender (5)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: as PyTorch")
-    parser.add_argument("--batch", type=_positive, default=1024, help="samples a batch (1024)")
+    parser.add_argument("--batch", type=_positive, default=1024, help="samples per batch (1024)")
     parser.add_argument("--wait", type=_positive, default=120, help="with --json: seconds to wait for quiet (120)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write FILE, and the tables as Markdown beside it")
     return parser

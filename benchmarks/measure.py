@@ -33,7 +33,7 @@ class Settings:
     threads: int = 1
     """Threads everybody may use."""
     batch: int = 1024
-    """Samples a batch."""
+    """Samples per batch."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def per_sample(self) -> float:
-        """Median seconds a sample."""
+        """Median seconds per sample."""
         return statistics.median(self.seconds) / self.samples
 
 

@@ -47,16 +47,16 @@ def _ratio(name: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """What a suite's table shows: times a sample, or a step of the whole batch; a ratio for each contender of ours."""
-    a_sample = rows[0].suite in ("encode", "pursuit", "public")
-    each = _timed(lambda seconds, samples: _time(median(seconds) / (samples if a_sample else 1)))
-    spread = _timed(lambda seconds, samples: _spread([turn / (samples if a_sample else 1) for turn in seconds]))
+    """What a suite's table shows: times per sample, or a step of the whole batch; a ratio for each contender of ours."""
+    per_sample = rows[0].suite in ("encode", "pursuit", "public")
+    each = _timed(lambda seconds, samples: _time(median(seconds) / (samples if per_sample else 1)))
+    spread = _timed(lambda seconds, samples: _spread([turn / (samples if per_sample else 1) for turn in seconds]))
     mine = list(dict.fromkeys(name for row in rows for name in row.ratios))
     return [
         Column("m × n, d, k", lambda row: row["case"]),
         Column("what", lambda row: row["name"]),
         Column("batch", _timed(lambda _, samples: f"{samples:,}")),
-        Column("a sample" if a_sample else "a batch", each),
+        Column("per sample" if per_sample else "per batch", each),
         Column("min … max", spread),
         Column("samples/s", _timed(lambda seconds, samples: f"{samples / median(seconds):,.0f}")),
         Column("memory", lambda row: "–" if row["memory_bytes"] is None else files.human_bytes(row["memory_bytes"])),

@@ -41,7 +41,7 @@ def omp(
     Args:
         h: ``(..., m)``, activations.
         dictionary: a dictionary or its matrix; columns need not have unit norm.
-        k: the most features a sample.
+        k: the most features per sample.
         block: features a round, ``L``; the last round takes what is left.
         disjoint: take the best row-disjoint features of a round (expander dictionaries only). Where a round finds
             fewer than ``block`` disjoint ones, the best of the others fill it.

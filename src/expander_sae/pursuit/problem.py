@@ -153,10 +153,10 @@ def run(
         solver: works on one chunk.
         h: ``(..., m)``.
         dictionary: a dictionary or its matrix.
-        k: features a sample.
+        k: features per sample.
         b_dec: ``(m,)``, subtracted from ``h`` first; ``None`` for zero.
         rounds: how often the solver asks for :meth:`Problem.correlate`, at most.
-        cells: floats a sample needs in memory; default: what a greedy solver needs.
+        cells: floats needed per sample; default: what a greedy solver needs.
         fast: the same solver in C++, if there is one; called with all samples, unit columns and the norms they had.
         backend: ``None`` (C++ where it applies), ``"reference"`` (PyTorch) or ``"cpu"`` (C++ or an error).
 
@@ -267,7 +267,7 @@ def refuse_infinite(flat: Tensor) -> None:
 
 
 def chunks(flat: Tensor, cells_per_sample: int) -> Iterator[Tensor]:
-    """``flat`` in pieces that keep ``cells_per_sample`` floats a sample under :data:`WORKING_BYTES`."""
+    """``flat`` in pieces that keep ``cells_per_sample`` floats per sample under :data:`WORKING_BYTES`."""
     size = max(1, WORKING_BYTES // (cells_per_sample * flat.element_size()))
     yield from flat.split(size)
 

@@ -116,7 +116,7 @@ def subspace_pursuit(
     tol: float | None = None,
     b_dec: Tensor | None = None,
 ) -> PursuitCode:
-    """Subspace pursuit (Dai & Milenkovic 2009): as :func:`cosamp`, adding ``k`` features a step."""
+    """Subspace pursuit (Dai & Milenkovic 2009): as :func:`cosamp`, adding ``k`` features per step."""
     _check(steps, tol)
     return run(lambda problem: _exchange(problem, 1, steps, tol), h, dictionary, k, b_dec, cells=_exchange_cells(2, k))
 
