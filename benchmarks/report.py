@@ -47,7 +47,7 @@ def _ratio(name: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """What a suite's table shows: times per sample, or a step of the whole batch; a ratio for each contender of ours."""
+    """What a suite's table shows: times per sample, or a step of the whole batch; a ratio for each of ours."""
     per_sample = rows[0].suite in ("encode", "pursuit", "public")
     each = _timed(lambda seconds, samples: _time(median(seconds) / (samples if per_sample else 1)))
     spread = _timed(lambda seconds, samples: _spread([turn / (samples if per_sample else 1) for turn in seconds]))
