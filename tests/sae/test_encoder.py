@@ -110,6 +110,7 @@ def test_a_pursuit_is_its_solver_with_the_dictionary_held_still() -> None:
     expected = omp(h, dictionary.matrix().detach(), K, block=2)
     assert torch.equal(code.indices, expected.indices)
     assert torch.equal(code.values, expected.values)
+    assert torch.equal(code.residual_norms, expected.residual_norms)  # type: ignore[attr-defined]
     assert not code.values.requires_grad
     assert not list(encoder.parameters())
     assert not encoder.ranks_features

@@ -54,7 +54,7 @@ def least_squares_values(code: SparseCode, matrix: Matrix, h: Tensor, center: Te
     Raises:
         ValueError: they are not: the pursuit does not end in a least-squares fit.
     """
-    flat = SparseCode(code.indices, code.values).reshape(-1)
+    flat = code.reshape(-1)
     with torch.no_grad():
         centred = (h.detach() - center).reshape(-1, matrix.d_in).to(matrix.dtype)
         residual = centred - matrix.decode(flat)

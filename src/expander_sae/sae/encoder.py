@@ -197,8 +197,7 @@ class PursuitEncoder(Encoder):
     ) -> SparseCode:
         # The solvers refuse what is not finite themselves, always.
         with torch.no_grad():
-            found = pursuit.solver(self.kind)(h - center, matrix.detach(), selection.capacity, **self.options)
-            code = SparseCode(found.indices, found.values)
+            code = pursuit.solver(self.kind)(h - center, matrix.detach(), selection.capacity, **self.options)
         if h.requires_grad and torch.is_grad_enabled():
             code = replace(code, values=least_squares_values(code, matrix.detach(), h, center.detach()))
         return code
