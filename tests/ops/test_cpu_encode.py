@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_cases import FLOATS, Problem, best, problem, same_bits, threads
+from support.kernels import FLOATS, Problem, best, problem, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import problem, threads
+from support.kernels import problem, threads
 
 from expander_sae.ops import cpu
 
