@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.kernels import FLOATS, Problem, best, problem, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
+from support.kernels import FLOATS, Problem, best, problem, same_bits, threads
 from torch import Tensor
 
 from expander_sae.ops import cpu
