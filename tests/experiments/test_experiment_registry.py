@@ -99,6 +99,7 @@ def test_settings_are_changed_by_name_and_type() -> None:
     found = TOY.settings("smoke", 2, changes)
     assert found == Toy(3, 0.001, 2.0, "b", (4,), {"block": 4}, True, (0, 1))
     assert isinstance(found.limit, float)
+    assert TOY.settings(changes={"sizes": "16, 32"}).sizes == (16, 32), "as the help shows it"
     both = revised(Toy(options={"a": 1}), {"options.b": 2, "options.c": 3})
     assert both.options == {"a": 1, "b": 2, "c": 3}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from expander_sae.fields import field_texts
 from expander_sae.registry import unknown
 
@@ -41,6 +43,8 @@ def fitted(name: str, hint: Any, value: Any) -> Any:
     if kind in (Union, types.UnionType):  # "float | None"
         return None if value is None else fitted(name, next(one for one in inner if one is not type(None)), value)
     if kind is tuple:
+        if isinstance(value, str):  # "16, 32", as the help shows it; YAML reads a list in brackets only
+            value = yaml.safe_load(f"[{value}]")
         return tuple(fitted(name, inner[0], one) for one in (value if isinstance(value, list | tuple) else [value]))
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
