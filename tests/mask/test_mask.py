@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expander_sae.mask import CONSTRUCTIONS, Mask, MaskRecipe, constructions, sort_entries
+from expander_sae.mask import CONSTRUCTIONS, Mask, MaskRecipe, constructions, sampled, sort_entries
 
 # Frozen when the format was made. A change here makes every stored SAE unreadable: add a new kind instead.
 GOLDEN = {
@@ -32,6 +32,10 @@ GOLDEN = {
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 60), st.integers(1, 40), st.integers(0, 2**64 - 1)).filter(
     lambda size: size[2] <= size[0]
 )
+
+
+ALGEBRAIC = ("reed-solomon", "gf2")
+ANY_SIZE = [kind for kind in CONSTRUCTIONS if kind not in ALGEBRAIC]
 
 
 def build(kind: str, size: tuple[int, int, int, int]) -> Mask:
@@ -96,7 +100,7 @@ def test_draw_is_the_published_bit_stream(kind: str, plain, size: tuple[int, int
     assert build(kind, size).rows.tolist() == plain(*size)
 
 
-@pytest.mark.parametrize("kind", CONSTRUCTIONS)
+@pytest.mark.parametrize("kind", ANY_SIZE)
 @given(size=sizes)
 def test_columns_have_distinct_ascending_rows_and_rows_their_degrees(
     kind: str, size: tuple[int, int, int, int]
@@ -122,7 +126,7 @@ def chi_square(counts: list[int], expected: float) -> float:
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
-@pytest.mark.parametrize("kind", CONSTRUCTIONS)
+@pytest.mark.parametrize("kind", ["left-regular", "balanced"])
 def test_every_support_is_equally_likely(kind: str) -> None:
     n = 30_000
     # m = 7 is no multiple of d = 3: two columns in seven of a balanced mask straddle two decks.
@@ -145,14 +149,14 @@ def test_columns_of_a_left_regular_mask_are_independent() -> None:
 
 @pytest.mark.parametrize("kind", CONSTRUCTIONS)
 def test_seed_decides(kind: str) -> None:
-    masks = [Mask.build(kind, d_in=50, d_sae=20, degree=5, seed=seed) for seed in (0, 0, 1, 2**63, 2**64 - 1)]
+    masks = [Mask.build(kind, d_in=80, d_sae=20, degree=5, seed=seed) for seed in (0, 0, 1, 2**63, 2**64 - 1)]
     assert masks[0].sha256 == masks[1].sha256
     assert len({mask.sha256 for mask in masks}) == 4
 
 
 def test_working_memory_does_not_change_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Mask.build("left-regular", d_in=31, d_sae=57, degree=4, seed=9)
-    monkeypatch.setattr(constructions, "_CHUNK_CELLS", 100)  # three columns at a time
+    monkeypatch.setattr(sampled, "_CHUNK_CELLS", 100)  # three columns at a time
     assert Mask.build("left-regular", d_in=31, d_sae=57, degree=4, seed=9).sha256 == whole.sha256
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expander_sae.mask import structure
 from expander_sae.mask.constructions import CONSTRUCTIONS
 from expander_sae.registry import check_options
 
@@ -93,6 +94,7 @@ class Mask:
             raise ValueError(f"degree {degree} exceeds d_in {d_in}: a column cannot use more rows than there are")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        options = {name: _plain(option) for name, option in options.items()}
         recipe = MaskRecipe(kind, d_in, d_sae, degree, seed, options, construction.version)
         return cls(torch.from_numpy(construction.draw(d_in, d_sae, degree, seed, **options)), d_in, recipe)
 
@@ -135,12 +137,43 @@ class Mask:
 
     def row_degrees(self) -> Tensor:
         """int64 ``(d_in,)``: how many columns use each row."""
-        return torch.bincount(self.rows.flatten().long(), minlength=self.d_in)
+        return torch.bincount(self.rows[self._held()].long(), minlength=self.d_in)
+
+    def overlap(self) -> structure.Overlap:
+        """How many rows two columns share, over all pairs."""
+        return structure.overlap(self.rows, self._held(), self.d_in)
+
+    def four_cycles(self) -> int:
+        """Cycles of length 4 in the bipartite graph: two columns and two rows that both use."""
+        return self.overlap().four_cycles
+
+    def girth(self) -> int | None:
+        """Length of the shortest cycle in the bipartite graph; ``None`` if it has none."""
+        return structure.girth(self.rows, self._held(), self.d_in)
+
+    def coverage(self, indices: Tensor) -> Tensor:
+        """How many rows a set of columns uses together, for each sample.
+
+        Args:
+            indices: integer ``(B, k)``, the columns; a negative index names none.
+
+        Returns:
+            int64 ``(B,)``.
+
+        Raises:
+            ValueError: another shape, or a column that does not exist.
+        """
+        if indices.dim() != 2 or (indices.numel() and int(indices.max()) >= self.d_sae):
+            raise ValueError(f"indices must be (B, k) of columns below {self.d_sae}, got shape {tuple(indices.shape)}")
+        return structure.coverage(self.rows, self._held(), self.d_in, indices)
 
     def to_dense(self) -> Tensor:
         """bool ``(d_in, d_sae)``."""
         dense = torch.zeros(self.d_sae, self.d_in, dtype=torch.bool, device=self.rows.device)
         return dense.scatter_(1, self.rows.long(), True).T
+
+    def _held(self) -> Tensor:
+        return torch.ones_like(self.rows, dtype=torch.bool)
 
     def __repr__(self) -> str:
         source = f"{self.recipe.kind}, seed {self.recipe.seed}" if self.recipe else "given rows"
@@ -163,6 +196,13 @@ def sort_entries(rows: Tensor | np.ndarray, values: Tensor | None = None) -> Ten
     if values.shape != order.values.shape:
         raise ValueError(f"values {tuple(values.shape)} and rows {tuple(order.values.shape)} must have one shape")
     return order.values.to(torch.int32), values.gather(-1, order.indices.to(values.device))
+
+
+def _plain(option: Any) -> Any:
+    """As JSON has it: the recipe is written as that."""
+    if isinstance(option, Tensor | np.ndarray | np.generic):
+        return option.tolist()
+    return list(option) if isinstance(option, tuple) else option
 
 
 def _integer_rows(rows: Tensor | np.ndarray, d_in: int) -> Tensor:

@@ -28,7 +28,7 @@ class SAEConfig:
     degree: int = 7
     """Rows each column of an expander uses."""
     mask: str = "left-regular"
-    """How the mask is drawn: ``left-regular`` (the paper's) or ``balanced``."""
+    """How the mask is drawn: ``left-regular`` (the paper's), or another kind of mask."""
     mask_options: dict[str, Any] = field(default_factory=dict)
     """Options of the mask."""
     encoder: str = "tied"
