@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
 from expander_sae.dictionary.unit import SMALLEST_NORM, unit_rows
-from expander_sae.mask import Mask, MaskRecipe, check_rows, sort_entries
+from expander_sae.mask import Mask, MaskRecipe, check_held, check_rows
 from expander_sae.registry import Registry
 from expander_sae.stored import Section, take_tensor
 
@@ -30,6 +30,8 @@ class Dictionary(nn.Module):
     Args:
         values: one floating-point row for each feature.
         unit_norm: normalise columns in the forward pass, as the paper does.
+        held: bool in the shape of ``values``: which of them there are, if not all. The others are padding: 0, without a
+            gradient, not counted and not stored.
     """
 
     kind: ClassVar[str]
@@ -38,10 +40,12 @@ class Dictionary(nn.Module):
     degree: int | None = None
     """Rows each column uses, if that is fewer than all."""
 
-    def __init__(self, values: Tensor, *, unit_norm: bool) -> None:
+    def __init__(self, values: Tensor, *, unit_norm: bool, held: Tensor | None = None) -> None:
         super().__init__()
         self.unit_norm = unit_norm
-        self.values = nn.Parameter(values.contiguous())
+        self.held: Tensor | None
+        self.register_buffer("held", held)
+        self.values = nn.Parameter((values if held is None else values.masked_fill(~held, 0)).contiguous())
 
     def matrix(self) -> Matrix:
         """The map, with unit-norm columns if ``unit_norm``. Hold it while parameters stand still: it is made anew."""
@@ -54,7 +58,7 @@ class Dictionary(nn.Module):
     @property
     def num_values(self) -> int:
         """Learned values: ``d·n`` on an expander, ``m·n`` dense."""
-        return self.values.numel()
+        return self.values.numel() if self.held is None else int(self.held.sum())
 
     @property
     def support_bytes(self) -> int:
@@ -83,7 +87,8 @@ class Dictionary(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """What goes to disk."""
-        return {"values": self.values.detach()}
+        values = self.values.detach()
+        return {"values": values if self.held is None else values[self.held]}
 
     @classmethod
     def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Self:
@@ -137,22 +142,24 @@ class ExpanderDictionary(Dictionary):
         generator: torch.Generator | None = None,
     ) -> None:
         if values is None:
-            values = torch.randn(mask.rows.shape, generator=generator).mul_(mask.degree**-0.5)
+            length = mask.degree**-0.5 if mask.held is None else mask.counts.unsqueeze(1) ** -0.5
+            values = torch.randn(mask.rows.shape, generator=generator).mul_(length)
         if values.shape != mask.rows.shape:
             raise ValueError(f"values must have the mask's shape {tuple(mask.rows.shape)}, got {tuple(values.shape)}")
-        super().__init__(values, unit_norm=unit_norm)
+        super().__init__(values, unit_norm=unit_norm, held=mask.held)
         self.d_in = mask.d_in
         self.recipe = mask.recipe
         self.rows: Tensor
         self.register_buffer("rows", mask.rows)
 
     def matrix(self) -> ExpanderMatrix:
-        return ExpanderMatrix(self.rows, unit_rows(self.values) if self.unit_norm else self.values, self.d_in)
+        values = self.values if self.held is None else self.values.masked_fill(~self.held, 0)  # no gradient to padding
+        return ExpanderMatrix(self.rows, unit_rows(values) if self.unit_norm else values, self.d_in, self.held)
 
     @property
     def mask(self) -> Mask:
         """The supports as they are now."""
-        return Mask(self.rows, self.d_in, self.recipe)
+        return Mask(self.rows, self.d_in, self.recipe, self.held)
 
     @property
     def degree(self) -> int:  # type: ignore[override]
@@ -160,23 +167,37 @@ class ExpanderDictionary(Dictionary):
 
     @property
     def support_bytes(self) -> int:
-        return 0 if self.recipe else self.rows.numel() * smallest_unsigned(self.d_in).itemsize
+        if self.recipe:
+            return 0
+        return self.rows.numel() * smallest_unsigned(self.d_in).itemsize + (
+            0 if self.held is None else self.rows.numel()
+        )
 
     @torch.no_grad()
-    def move(self, features: Tensor, rows: Tensor, values: Tensor) -> None:
+    def move(self, features: Tensor, rows: Tensor, values: Tensor, held: Tensor | None = None) -> None:
         """Give ``features (f,)`` other supports ``rows (f, d)``, in any order, with their ``values (f, d)``.
 
-        From then on the supports are stored: no recipe redraws them.
+        From then on the supports are stored: no recipe redraws them. ``held``, bool ``(f, d)``, says which of the
+        entries there are, if not all: the others are padding.
 
         Raises:
             ValueError: rows that repeat or lie outside ``[0, d_in)``, or shapes that do not fit.
         """
-        rows, values = sort_entries(rows, values)
+        if values.shape != rows.shape:
+            raise ValueError(f"values {tuple(values.shape)} and rows {tuple(rows.shape)} must have one shape")
+        rows, order = rows.to(self.rows.device, torch.int64).sort(dim=1)
+        rows, values = rows.to(torch.int32), values.to(self.values).gather(1, order)
         check_rows(rows, self.d_in)
+        if held is not None or self.held is not None:
+            held = torch.ones_like(rows, dtype=torch.bool) if held is None else held.to(rows.device).gather(1, order)
+            check_held(held, rows)
+            whole = torch.ones_like(self.rows, dtype=torch.bool) if self.held is None else self.held.clone()
+            whole[features] = held
+            self.held, values = whole, values.masked_fill(~held, 0)
         moved = self.rows.clone()  # a mask that shares the old rows keeps them
-        moved[features] = rows.to(moved.device)
+        moved[features] = rows
         self.rows, self.recipe = moved, None
-        self.values[features] = values.to(self.values)
+        self.values[features] = values
 
     def get_extra_state(self) -> Tensor:
         """Width and recipe as JSON bytes: a tensor, so that checkpoints without pickles can keep it."""
@@ -194,15 +215,21 @@ class ExpanderDictionary(Dictionary):
         if rows is not None:
             check_rows(rows, self.d_in)
             self.rows = self.rows.clone()  # copied into below; a mask that shares the old rows keeps them
+            held = state_dict.get(f"{prefix}held")
+            if held is not None:
+                check_held(held, rows)
+            self.held = None if held is None else held.to(self.rows.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def config(self) -> dict[str, Any]:
-        recipe = self.recipe.to_dict() if self.recipe else {"kind": EXPLICIT, "version": 1}
         sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "degree": self.degree}
-        return super().config() | {"mask": recipe | sizes | {"sha256": self.mask.sha256}}
+        mask = self.recipe.to_dict() if self.recipe else {"kind": EXPLICIT, "version": 1} | sizes
+        return super().config() | {"mask": mask | {"sha256": self.mask.sha256}}
 
     def stored_tensors(self) -> dict[str, Tensor]:
         supports = {} if self.recipe else {"rows": self.rows.to(smallest_unsigned(self.d_in))}
+        if self.held is not None and not self.recipe:
+            supports["held"] = self.held
         return super().stored_tensors() | supports
 
     @classmethod
@@ -213,10 +240,11 @@ class ExpanderDictionary(Dictionary):
         sizes = (recorded.integer("d_in"), recorded.integer("d_sae"))
         if sizes != (d_in, d_sae):
             raise ValueError(f"the mask is {sizes[0]} x {sizes[1]}, the SAE {d_in} x {d_sae}")
-        values = take_tensor(tensors, "values", (d_sae, degree))  # first: no mask is drawn that the values do not fit
+        _check_values(tensors, d_in, d_sae, degree)  # first: no mask is drawn that the values do not fit
         if recorded.text("kind") == EXPLICIT:
             recorded.version(1)
-            mask = Mask.from_rows(_stored_rows(tensors, (d_sae, degree)), d_in)
+            rows, held = _stored_rows(tensors, (d_sae, degree))
+            mask = Mask.from_rows(rows, d_in, held)
         else:
             options, seed = recorded.mapping("options"), recorded.integer("seed", 0, 2**64 - 1)
             recipe = MaskRecipe(
@@ -228,10 +256,16 @@ class ExpanderDictionary(Dictionary):
                 f"the mask does not match the one the SAE was trained on: its hash is {mask.sha256}, the config "
                 f"records {recorded.text('sha256')}. The recipe or the stored supports were changed."
             )
+        if mask.held is None:
+            return cls(mask, take_tensor(tensors, "values", (d_sae, degree)), unit_norm=unit_norm)
+        packed = take_tensor(tensors, "values", (mask.num_entries,))
+        values = packed.new_zeros(mask.rows.shape)
+        values[mask.held] = packed
         return cls(mask, values, unit_norm=unit_norm)
 
     def restrict(self, features: Tensor, targets: Tensor) -> Tensor:
-        return targets.gather(1, self.rows[features].long())
+        values = targets.gather(1, self.rows[features].long())
+        return values if self.held is None else values.masked_fill(~self.held[features], 0)
 
     def extra_repr(self) -> str:
         return f"{self.mask}, unit_norm={self.unit_norm}"
@@ -297,12 +331,22 @@ def _common(section: Section, *more: str) -> bool:
     return section.boolean("unit_norm")
 
 
-def _stored_rows(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+def _check_values(tensors: Mapping[str, Tensor], d_in: int, d_sae: int, degree: int) -> None:
+    """Refuse values that are neither ``(d_sae, degree)`` nor, without padding, in one row."""
+    values = tensors.get("values")
+    if values is None or values.dim() != 1:
+        take_tensor(tensors, "values", (d_sae, degree))
+    elif not d_sae <= len(values) <= d_sae * d_in:
+        raise ValueError(f"the tensor 'values' has {len(values)} entries for {d_sae} columns of 1 to {d_in} rows")
+
+
+def _stored_rows(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     if "rows" not in tensors:
         raise ValueError("the tensor 'rows' is missing: the supports of this dictionary are stored, not drawn")
-    if tensors["rows"].shape != shape:
-        raise ValueError(f"the tensor 'rows' should have shape {shape}, it has {tuple(tensors['rows'].shape)}")
-    return tensors["rows"].to(torch.int64)
+    for name in ("rows", "held"):
+        if name in tensors and tensors[name].shape != shape:
+            raise ValueError(f"the tensor {name!r} should have shape {shape}, it has {tuple(tensors[name].shape)}")
+    return tensors["rows"].to(torch.int64), tensors.get("held")
 
 
 def _read_extra(state: Tensor) -> dict[str, Any]:

@@ -135,11 +135,17 @@ class Matrix(ABC):
 
 @dataclass(frozen=True)
 class ExpanderMatrix(Matrix):
-    """``W[rows[j, t], j] = values[j, t]``: ``d`` entries in each column, ``Wᵀh`` in ``d·n`` multiplications."""
+    """``W[rows[j, t], j] = values[j, t]``: ``d`` entries in each column, ``Wᵀh`` in ``d·n`` multiplications.
+
+    Attributes:
+        held: bool ``(n, d)`` where columns have fewer entries than that: at the others values must be 0. Operations
+            need not know it; :meth:`with_values` sees to it.
+    """
 
     rows: Tensor
     values: Tensor
     d_in: int
+    held: Tensor | None = None
 
     @classmethod
     def from_entries(cls, rows: Tensor, values: Tensor, d_in: int) -> Self:
@@ -183,10 +189,11 @@ class ExpanderMatrix(Matrix):
         return out.scatter(-1, self.rows[picked].long(), self.values[picked])
 
     def subset(self, features: Tensor) -> Self:
-        return replace(self, rows=self.rows[features], values=self.values[features])
+        held = None if self.held is None else self.held[features]
+        return replace(self, rows=self.rows[features], values=self.values[features], held=held)
 
     def with_values(self, values: Tensor) -> Self:
-        return replace(self, values=values)
+        return replace(self, values=values if self.held is None else values.masked_fill(~self.held, 0))
 
     def synthesis(self) -> Callable[[Tensor], Tensor]:
         n, d = self.rows.shape

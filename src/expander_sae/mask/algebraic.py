@@ -17,6 +17,7 @@ import numpy as np
 from expander_sae.mask.draws import permutation
 
 _CHUNK_ENTRIES = 1 << 22
+_TRIED = 64  # polynomials for each column, before a field is given up
 
 
 def reed_solomon(m: int, n: int, d: int, seed: int, overlap: int | None = None, permute: bool = True) -> np.ndarray:
@@ -40,7 +41,9 @@ def reed_solomon(m: int, n: int, d: int, seed: int, overlap: int | None = None, 
             f"a reed-solomon mask needs degree <= q <= d_in / degree for its field of q elements: degree {d} is above "
             f"{isqrt(m)}, the largest for d_in = {m}"
         )
-    found = ((t, _reed_solomon(m, n, d, t)) for t in range(1, d + 1))
+    # Polynomials come in one order for every t, so a larger t only goes on where a smaller one ran out of them.
+    terms = [t for t in range(1, d + 1) if min(_fields(m, d)) ** (t - 1) < _TRIED * n]
+    found = ((t, _reed_solomon(m, n, d, t)) for t in terms)
     smallest, rows = next(((t - 1, rows) for t, rows in found if rows is not None), (None, None))
     if smallest is None or rows is None or (overlap is not None and overlap < smallest):
         asked = d - 1 if overlap is None else overlap
@@ -165,9 +168,9 @@ def _fit(m: int, n: int, d: int, t: int, q: int) -> np.ndarray | None:
     heights = q - surplus // d - (np.arange(d) < surplus % d)  # rows that a block keeps, from the first
     offsets = np.cumsum(heights) - heights
     kept, count = [], 0
-    chunk = max(1, _CHUNK_ENTRIES // (q * d))
-    for start in range(0, q ** (t - 1), chunk):
-        values = _classes(np.arange(start, min(start + chunk, q ** (t - 1))), d, t, q)
+    classes, chunk = min(q ** (t - 1), -(-_TRIED * n // q)), max(1, _CHUNK_ENTRIES // (q * d))
+    for start in range(0, classes, chunk):
+        values = _classes(np.arange(start, min(start + chunk, classes)), d, t, q)
         values = values[(values < heights).all(axis=1)]
         kept.append(values + offsets)
         count += len(values)

@@ -13,11 +13,14 @@ import numpy as np
 
 from expander_sae.mask.algebraic import gf2, reed_solomon
 from expander_sae.mask.controls import banded, clustered, hub, shared
-from expander_sae.mask.sampled import balanced, left_regular, weighted
+from expander_sae.mask.sampled import balanced, bernoulli, left_regular, weighted
 from expander_sae.registry import Registry
 
-Draw = Callable[..., np.ndarray]
+Draw = Callable[..., np.ndarray | tuple[np.ndarray, np.ndarray]]
 """``draw(m, n, d, seed, **options)``: int32 ``(n, d)``, distinct rows in ``[0, m)``, ascending along the last axis.
+
+A kind whose columns differ in degree returns such rows ``(n, w)``, ``w`` the most that a column holds, and a bool
+``(n, w)``: which of them are held, at least one in each column; the others are padding.
 
 Raises ``ValueError`` for sizes and options that do not fit each other, and says what would.
 """
@@ -45,6 +48,7 @@ CONSTRUCTIONS: Registry[Construction] = Registry("mask kind")
 """Constructions by name."""
 CONSTRUCTIONS.add("left-regular", Construction(left_regular))
 CONSTRUCTIONS.add("balanced", Construction(balanced))
+CONSTRUCTIONS.add("bernoulli", Construction(bernoulli))
 CONSTRUCTIONS.add("weighted", Construction(weighted))
 CONSTRUCTIONS.add("reed-solomon", Construction(reed_solomon))
 CONSTRUCTIONS.add("gf2", Construction(gf2))

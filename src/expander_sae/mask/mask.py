@@ -43,20 +43,25 @@ class MaskRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The support of every column: a left-``degree``-regular bipartite graph.
+    """The support of every column: a left-``degree``-regular bipartite graph, or one padded to that.
 
     Attributes:
         rows: int32 ``(d_sae, degree)``; ``rows[j]`` are the distinct rows of column ``j``, ascending.
         d_in: number of rows ``m`` of the dictionary.
         recipe: how it was drawn, or ``None`` for a learned or foreign mask.
+        held: bool ``(d_sae, degree)`` where columns differ in degree: which entries there are. The others are padding:
+            real rows at which values are 0 for ever and that nothing counts. ``None`` where every entry is held.
     """
 
     rows: Tensor
     d_in: int
     recipe: MaskRecipe | None = None
+    held: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.rows, self.d_in)
+        if self.held is not None:
+            check_held(self.held, self.rows)
 
     @classmethod
     def build(
@@ -69,7 +74,7 @@ class Mask:
                 paper's) or ``"balanced"``.
             d_in: rows ``m``.
             d_sae: columns ``n``.
-            degree: rows each column uses, ``1 <= degree <= d_in``.
+            degree: rows each column uses, on average where columns differ; ``1 <= degree <= d_in``.
             seed: an integer in ``[0, 2**64)``.
             version: of the construction, where a recipe names one; default: the one there is.
             options: of the construction.
@@ -96,11 +101,16 @@ class Mask:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
         options = {name: _plain(option) for name, option in options.items()}
         recipe = MaskRecipe(kind, d_in, d_sae, degree, seed, options, construction.version)
-        return cls(torch.from_numpy(construction.draw(d_in, d_sae, degree, seed, **options)), d_in, recipe)
+        drawn = construction.draw(d_in, d_sae, degree, seed, **options)
+        rows, held = drawn if isinstance(drawn, tuple) else (drawn, None)
+        return cls(torch.from_numpy(rows), d_in, recipe, None if held is None or held.all() else torch.from_numpy(held))
 
     @classmethod
-    def from_rows(cls, rows: Tensor | np.ndarray, d_in: int) -> Mask:
+    def from_rows(cls, rows: Tensor | np.ndarray, d_in: int, held: Tensor | np.ndarray | None = None) -> Mask:
         """A mask from a given ``(d_sae, degree)`` integer array: learned or foreign supports.
+
+        Columns of fewer rows are filled up with any others of their own, which a bool ``held (d_sae, degree)`` says are
+        padding.
 
         The rows of each column must be ascending: sorting them here would part them from values that stand beside
         them. :func:`sort_entries` sorts both.
@@ -109,7 +119,8 @@ class Mask:
             ValueError: rows that are not distinct and ascending, or outside ``[0, d_in)``.
             TypeError: not integers.
         """
-        return cls(_integer_rows(rows, d_in).to(torch.int32).contiguous(), d_in)
+        held = None if held is None or bool(held.all()) else torch.as_tensor(held).contiguous()
+        return cls(_integer_rows(rows, d_in).to(torch.int32).contiguous(), d_in, held=held)
 
     @classmethod
     def from_recipe(cls, recipe: MaskRecipe) -> Mask:
@@ -124,15 +135,27 @@ class Mask:
 
     @property
     def degree(self) -> int:
-        """Rows each column uses, ``d``."""
+        """Entries of each column, ``d``; where columns differ, those of the fullest."""
         return self.rows.shape[1]
 
     @property
+    def counts(self) -> Tensor:
+        """int64 ``(d_sae,)``: rows that each column uses."""
+        return self._held().sum(dim=1)
+
+    @property
+    def num_entries(self) -> int:
+        """Rows that all columns use, together."""
+        return self.rows.numel() if self.held is None else int(self.held.sum())
+
+    @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the sizes and the little-endian int32 rows."""
+        """Hex SHA-256 of the sizes and the little-endian int32 rows; then of ``held``, a byte each, if there is one."""
         digest = hashlib.sha256(_HASH_HEADER)
         digest.update(np.array([self.d_in, self.d_sae, self.degree], dtype="<i8").tobytes())
         digest.update(np.ascontiguousarray(self.rows.cpu().numpy(), dtype="<i4").tobytes())
+        if self.held is not None:
+            digest.update(self.held.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def row_degrees(self) -> Tensor:
@@ -170,14 +193,15 @@ class Mask:
     def to_dense(self) -> Tensor:
         """bool ``(d_in, d_sae)``."""
         dense = torch.zeros(self.d_sae, self.d_in, dtype=torch.bool, device=self.rows.device)
-        return dense.scatter_(1, self.rows.long(), True).T
+        return dense.scatter_(1, self.rows.long(), self._held()).T
 
     def _held(self) -> Tensor:
-        return torch.ones_like(self.rows, dtype=torch.bool)
+        return torch.ones_like(self.rows, dtype=torch.bool) if self.held is None else self.held
 
     def __repr__(self) -> str:
         source = f"{self.recipe.kind}, seed {self.recipe.seed}" if self.recipe else "given rows"
-        return f"Mask(d_in={self.d_in}, d_sae={self.d_sae}, degree={self.degree}, {source})"
+        degree = f"degree={self.degree}" if self.held is None else f"degree<={self.degree}"
+        return f"Mask(d_in={self.d_in}, d_sae={self.d_sae}, {degree}, {source})"
 
 
 @overload
@@ -229,4 +253,16 @@ def check_rows(rows: Tensor, d_in: int) -> None:
         raise ValueError(
             f"the rows of column {column} are not distinct and ascending: {rows[column].tolist()}; "
             "sort_entries(rows, values) sorts them together with their values, duplicates must be removed"
+        )
+
+
+def check_held(held: Tensor, rows: Tensor) -> None:
+    """Raise unless ``held`` is bool, of the shape of ``rows``, with an entry in every column."""
+    if held.dtype != torch.bool or held.shape != rows.shape:
+        raise ValueError(
+            f"held must be bool of the rows' shape {tuple(rows.shape)}, got {held.dtype} {tuple(held.shape)}"
+        )
+    if not bool(held.any(dim=1).all()):
+        raise ValueError(
+            f"column {int((~held.any(dim=1)).nonzero()[0])} holds no entry: every column needs at least one"
         )

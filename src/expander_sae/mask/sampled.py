@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from decimal import Context, Decimal
 
@@ -12,7 +11,8 @@ from expander_sae.mask.draws import bounded, permutation, words
 
 _CHUNK_CELLS = 1 << 24  # working memory of a draw: at most this many bytes of a column-by-row table
 _UNITS = 1 << 30  # a row's probability is a whole number of these parts
-_LARGEST_POWER = 16
+_LARGEST_POWER, _LARGEST_WEIGHT = 16, 1e308
+_WORD = 1 << 64
 
 
 def left_regular(m: int, n: int, d: int, seed: int) -> np.ndarray:
@@ -60,6 +60,36 @@ def balanced(m: int, n: int, d: int, seed: int) -> np.ndarray:
     return rows
 
 
+def bernoulli(m: int, n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every entry is there with probability ``d / m``, independently: as many as a regular mask has, on average.
+
+    A column that came out empty is drawn again, so it has ``d / (1 - (1 - d/m)^m)`` entries on average: 7.006 at
+    ``d = 7``. Source: Erdős & Rényi 1959, the model without regularity of any kind.
+
+    Returns:
+        Rows ``(n, w)``, ``w`` the most entries of any column, and which of them are held: the others are padding.
+    """
+    counts = 1 + np.searchsorted(_binomial_limits(m, d), words(seed, 1, n), side="right")
+    width = int(counts.max())
+    rank = np.argsort(np.argsort(words(seed, 2, n * width).reshape(n, width), axis=1, kind="stable"), axis=1)
+    # A random part of a random set: uniform among the sets of its size.
+    return left_regular(m, n, width, seed), rank < counts[:, None]
+
+
+def _binomial_limits(m: int, d: int) -> np.ndarray:
+    """uint64: ``⌊2⁶⁴ · P(c <= i | c >= 1)⌋`` for ``i = 1, 2, …``, exact; ``c`` binomial, ``m`` trials at ``d / m``."""
+    term, whole = m * d * (m - d) ** (m - 1), m**m - (m - d) ** m  # times m^m
+    limits, total = [], 0
+    for count in range(1, m):
+        total += term
+        limit = total * _WORD // whole
+        if limit >= _WORD - 1:
+            break
+        limits.append(limit)
+        term = term * (m - count) * d // ((count + 1) * (m - d)) if d < m else 0
+    return np.array(limits, dtype=np.uint64)
+
+
 def weighted(
     m: int, n: int, d: int, seed: int, weights: Sequence[float] | None = None, alpha: float = 0.5, floor: float = 0.1
 ) -> np.ndarray:
@@ -95,7 +125,7 @@ def in_units(m: int, weights: Sequence[float] | None, alpha: float, floor: float
         if not 0 <= value <= most:
             raise ValueError(f"{name} must be in [0, {most}], got {value}")
     for row, weight in enumerate(weights or ()):
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight <= _LARGEST_WEIGHT:
             raise ValueError(f"weights must be finite and not negative, weight {row} is {weight}")
     exact = Context(prec=40)  # integers underneath: the same digits on every machine
     given = (exact.divide(1, row + 1) for row in range(m)) if weights is None else map(Decimal, weights)

@@ -49,6 +49,11 @@ class SAE(nn.Module):
     ) -> None:
         super().__init__()
         encoder.check(sparsity.selection())
+        if dictionary.held is not None and encoder.num_values:
+            raise ValueError(
+                f"a {encoder.kind} encoder has values of its own and needs as many rows in every column: a mask whose "
+                "columns differ, such as bernoulli, is read by a tied encoder or a pursuit"
+            )
         self.dictionary = dictionary
         self.encoder = encoder
         self.sparsity = sparsity

@@ -166,6 +166,7 @@ class _Systems:
 
     def __init__(self, sae: SAE) -> None:
         dictionary = sae.dictionary
+        held = dictionary.held
         device, dtype = sae.b_dec.device, accumulate_dtype(sae.dtype)
         self.d_sae = sae.d_sae
         support = dictionary.matrix().support
@@ -175,11 +176,13 @@ class _Systems:
         else:
             self.rows, self.groups = support.long(), sae.d_in
         flat = self.rows.flatten()
-        self.sizes = torch.bincount(flat, minlength=self.groups)  # D_i
-        self.entries = flat.argsort(stable=True)  # entry j·d + t, group by group
+        self.held = torch.ones_like(self.rows, dtype=torch.bool) if held is None else held  # padding has no unknowns
+        there = self.held.flatten().nonzero().squeeze(1)
+        self.sizes = torch.bincount(flat[there], minlength=self.groups)  # D_i
+        self.entries = there[flat[there].argsort(stable=True)]  # entry j·d + t, group by group
         self.starts = self.sizes.cumsum(0) - self.sizes
-        place = torch.empty_like(flat)
-        place[self.entries] = torch.arange(len(flat), device=device)
+        place = torch.zeros_like(flat)
+        place[self.entries] = torch.arange(len(there), device=device)
         self.place = (place - self.starts[flat]).reshape(self.rows.shape)  # of an entry within its group
         self.offsets = self.sizes.square().cumsum(0) - self.sizes.square()
         self.gram = torch.zeros(int(self.sizes.square().sum()), dtype=dtype, device=device)
@@ -210,9 +213,10 @@ class _Systems:
     def _add_products(self, sample: Tensor, feature: Tensor, x: Tensor) -> None:
         """``x_j x_l`` for every two active entries that meet in a group: only those few, not ``D²`` a sample."""
         group = self.rows[feature]
-        key, order = (sample.unsqueeze(1) * self.groups + group).flatten().sort()
-        group, place = group.flatten()[order], self.place[feature].flatten()[order]
-        x = x.unsqueeze(1).expand(-1, self.rows.shape[1]).flatten()[order]
+        there = self.held[feature]
+        key, order = (sample.unsqueeze(1) * self.groups + group)[there].sort()
+        group, place = group[there][order], self.place[feature][there][order]
+        x = x.unsqueeze(1).expand(-1, self.rows.shape[1])[there][order]
         size, offset = self.sizes[group], self.offsets[group]
         self.gram.index_add_(0, offset + place * (size + 1), x.square())
         for apart in range(1, len(key)):
