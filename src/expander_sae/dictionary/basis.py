@@ -64,6 +64,8 @@ class Basis(nn.Module):
 class OrthogonalBasis(Basis):
     """Any orthogonal matrix, stored whole: ``m²`` values, whatever the number of features.
 
+    It keeps its type when an SAE is converted to another: rounded and converted back it would not be orthogonal.
+
     Args:
         matrix: ``R (m, m)``, floating point.
         origin: where it comes from, in a word: ``"pca"``, ``"random"``, ...
@@ -111,6 +113,10 @@ class OrthogonalBasis(Basis):
     def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int) -> Self:
         section.only("kind", "version", "origin")
         return cls(take_tensor(tensors, "basis.entries", (d_in, d_in)), section.text("origin"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.entries = self.entries.to(fn(self.entries).device)
+        return self
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, {self.origin}"
