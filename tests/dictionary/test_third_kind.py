@@ -72,7 +72,7 @@ class MirroredDictionary(Dictionary):
         super().__init__(values, unit_norm=True)
         self.d_in = values.shape[1]
 
-    def matrix(self) -> MirroredMatrix:
+    def core(self) -> MirroredMatrix:
         return MirroredMatrix(unit_rows(self.values))
 
     @classmethod

@@ -243,7 +243,7 @@ def test_a_mask_that_does_not_match_names_both_hashes(folder: Path) -> None:
         (lambda c: c["dictionary"]["mask"].update(options={"colour": 1}), "has no option 'colour'"),
         (lambda c: c["dictionary"]["mask"].update(version=2), "the recipe names version 2"),
         (lambda c: c["dictionary"]["mask"].update(degree=10**9), "mask.degree should be an integer from 1 to 8"),
-        (lambda c: c["dictionary"].update(basis={"kind": "pca", "version": 1}), "dictionary.basis has kind 'pca'"),
+        (lambda c: c["dictionary"].update(basis={"kind": "pca", "version": 1}), "basis: unknown basis 'pca'"),
         (
             lambda c: c["dictionary"].update(storage={"kind": "int4", "version": 1}),
             "dictionary.storage has kind 'int4'",

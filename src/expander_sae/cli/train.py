@@ -122,14 +122,14 @@ def _subject(
 ) -> tuple[SAE, Recipe]:
     """The SAE to train, new or from elsewhere, and the recipe: of the config file ``read`` and what was ``given``."""
     from expander_sae.lm import preset_for
-    from expander_sae.training import load_sae
+    from expander_sae.training import build_sae, load_sae
     from expander_sae.training.recipe import FROM, SAE_FIELDS, resolve
 
     start = given.get(FROM, read.get(FROM))
     if start is None:
         studied = preset_for(source.manifest.meta.model)
         recipe = resolve({"d_sae": studied.d_sae, "k": studied.k} if studied else {}, read, given)
-        return recipe.sae.build(source.d_in).to(device), recipe
+        return build_sae(recipe.sae, source).to(device), recipe
     if decided := sorted(given.keys() & SAE_FIELDS):
         raise ValueError(
             f"{', '.join(decided)} cannot be set together with --from: {start} is trained further as it is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from expander_sae.dictionary.basis import BASES, Basis, OrthogonalBasis, RotatedMatrix, basis_from
 from expander_sae.dictionary.dictionary import (
     DICTIONARIES,
     DenseDictionary,
@@ -14,13 +15,18 @@ from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
 from expander_sae.dictionary.unit import unit_rows
 
 __all__ = [
+    "BASES",
     "DICTIONARIES",
+    "Basis",
     "DenseDictionary",
     "DenseMatrix",
     "Dictionary",
     "ExpanderDictionary",
     "ExpanderMatrix",
     "Matrix",
+    "OrthogonalBasis",
+    "RotatedMatrix",
+    "basis_from",
     "dictionary_from",
     "smallest_unsigned",
     "unit_rows",

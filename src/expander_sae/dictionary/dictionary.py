@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from expander_sae.dictionary.basis import STANDARD, Basis, RotatedMatrix, basis_from
 from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
 from expander_sae.dictionary.unit import SMALLEST_NORM, unit_rows
 from expander_sae.mask import Mask, MaskRecipe, check_held, check_rows
@@ -20,8 +21,7 @@ from expander_sae.registry import Registry
 from expander_sae.stored import Section, take_tensor
 
 EXPLICIT = "explicit"  # in the place of a mask kind: the supports are stored
-_STANDARD_BASIS = {"kind": "standard", "version": 1}  # the only one there is; the section is reserved for others
-_PLAIN_STORAGE = {"kind": "plain", "version": 1}  # values as a tensor of their own type; reserved likewise
+_PLAIN_STORAGE = {"kind": "plain", "version": 1}  # values as a tensor of their own type; reserved for others
 
 
 class Dictionary(nn.Module):
@@ -32,6 +32,9 @@ class Dictionary(nn.Module):
         unit_norm: normalise columns in the forward pass, as the paper does.
         held: bool in the shape of ``values``: which of them there are, if not all. The others are padding: 0, without a
             gradient, not counted and not stored.
+
+    Attributes:
+        basis: what the columns are written in; ``None`` for the model's own coordinates.
     """
 
     kind: ClassVar[str]
@@ -46,10 +49,29 @@ class Dictionary(nn.Module):
         self.held: Tensor | None
         self.register_buffer("held", held)
         self.values = nn.Parameter((values if held is None else values.masked_fill(~held, 0)).contiguous())
+        self.basis: Basis | None = None
+
+    def core(self) -> Matrix:
+        """The map without the basis, with unit-norm columns if ``unit_norm``."""
+        raise NotImplementedError
 
     def matrix(self) -> Matrix:
-        """The map, with unit-norm columns if ``unit_norm``. Hold it while parameters stand still: it is made anew."""
-        raise NotImplementedError
+        """The map ``W``. Hold it while parameters stand still: it is made anew."""
+        core = self.core()
+        return core if self.basis is None else RotatedMatrix(core, self.basis)
+
+    def coordinates(self, h: Tensor) -> Tensor:
+        """``h (..., m)`` in the basis."""
+        return h if self.basis is None else self.basis.coordinates(h)
+
+    def vectors(self, y: Tensor) -> Tensor:
+        """Back from coordinates in the basis ``(..., m)``."""
+        return y if self.basis is None else self.basis.vectors(y)
+
+    @property
+    def basis_values(self) -> int:
+        """Stored values of the basis."""
+        return 0 if self.basis is None else self.basis.num_values
 
     @property
     def d_sae(self) -> int:
@@ -67,8 +89,10 @@ class Dictionary(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk: values in their own type, plus supports."""
-        return self.num_values * self.values.element_size() + self.support_bytes
+        """Bytes on disk: values in their own type, supports and basis."""
+        basis = () if self.basis is None else self.basis.stored_tensors().values()
+        own = self.num_values * self.values.element_size() + self.support_bytes
+        return own + sum(tensor.numel() * tensor.element_size() for tensor in basis)
 
     def to_dense(self) -> Tensor:
         """``W`` as ``(m, n)``, detached."""
@@ -81,14 +105,16 @@ class Dictionary(nn.Module):
             "kind": self.kind,
             "version": self.version,
             "unit_norm": self.unit_norm,
-            "basis": dict(_STANDARD_BASIS),
+            "basis": dict(STANDARD) if self.basis is None else self.basis.config(),
             "storage": storage,
         }
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """What goes to disk."""
         values = self.values.detach()
-        return {"values": values if self.held is None else values[self.held]}
+        basis = {} if self.basis is None else self.basis.stored_tensors()
+        named = {f"basis.{name}": tensor for name, tensor in basis.items()}
+        return {"values": values if self.held is None else values[self.held]} | named
 
     @classmethod
     def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Self:
@@ -106,14 +132,14 @@ class Dictionary(nn.Module):
         With ``unit_norm`` the norm of the values does not show in the columns, but a smaller one makes the optimiser's
         steps turn them faster. A target that vanishes on a column's support leaves that column alone.
         """
-        new = self.restrict(features, targets.to(self.values.dtype))
+        new = self.restrict(features, self.coordinates(targets.to(self.values.dtype)))
         norms = new.norm(dim=1, keepdim=True)
         unit = new / norms.clamp_min(SMALLEST_NORM)
         pointed = unit if norm == 1.0 else unit * norm
         self.values[features] = torch.where(norms > SMALLEST_NORM, pointed, self.values[features])
 
     def restrict(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Dense columns ``targets (f, m)`` as values of ``features``: what of them lies on their supports."""
+        """Dense columns ``targets (f, m)``, in the basis, as values of ``features``: what lies on their supports."""
         raise NotImplementedError
 
 
@@ -152,7 +178,7 @@ class ExpanderDictionary(Dictionary):
         self.rows: Tensor
         self.register_buffer("rows", mask.rows)
 
-    def matrix(self) -> ExpanderMatrix:
+    def core(self) -> ExpanderMatrix:
         values = self.values if self.held is None else self.values.masked_fill(~self.held, 0)  # no gradient to padding
         return ExpanderMatrix(self.rows, unit_rows(values) if self.unit_norm else values, self.d_in, self.held)
 
@@ -289,7 +315,7 @@ class DenseDictionary(Dictionary):
         """Columns uniform on the sphere."""
         return cls(unit_rows(torch.randn(d_sae, d_in, generator=generator)), unit_norm=unit_norm)
 
-    def matrix(self) -> DenseMatrix:
+    def core(self) -> DenseMatrix:
         return DenseMatrix(unit_rows(self.values) if self.unit_norm else self.values)
 
     @classmethod
@@ -317,17 +343,18 @@ def smallest_unsigned(bound: int) -> torch.dtype:
 
 def dictionary_from(section: Section, tensors: Mapping[str, Tensor], d_in: int, d_sae: int) -> Dictionary:
     """Rebuild a dictionary of any registered kind. Raises ``ValueError`` as :meth:`Dictionary.from_config`."""
-    return section.kind(DICTIONARIES).from_config(section, tensors, d_in, d_sae)
+    dictionary = section.kind(DICTIONARIES).from_config(section, tensors, d_in, d_sae)
+    dictionary.basis = basis_from(section.section("basis"), tensors, d_in)
+    return dictionary
 
 
 def _common(section: Section, *more: str) -> bool:
     """Check what every dictionary's section has; returns ``unit_norm``."""
     section.only("kind", "version", "unit_norm", "basis", "storage", *more)
-    for name, known in (("basis", _STANDARD_BASIS), ("storage", _PLAIN_STORAGE)):
-        part = section.section(name)
-        if part.text("kind") != known["kind"]:
-            raise ValueError(f"{part.name} has kind {part.text('kind')!r}, this program knows {known['kind']!r} only")
-        part.version(1)
+    part = section.section("storage")
+    if part.text("kind") != _PLAIN_STORAGE["kind"]:
+        raise ValueError(f"{part.name} has kind {part.text('kind')!r}, this program knows 'plain' only")
+    part.version(1)
     return section.boolean("unit_norm")
 
 

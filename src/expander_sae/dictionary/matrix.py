@@ -53,6 +53,15 @@ class Matrix(ABC):
         """Itself: whoever takes a dictionary takes its matrix as well."""
         return self
 
+    @property
+    def core(self) -> Matrix:
+        """``A`` of ``W = R·A``: what acts on :meth:`coordinates`. Itself where there is no basis."""
+        return self
+
+    def coordinates(self, h: Tensor) -> Tensor:
+        """``Rᵀh``: activations ``(B, m)`` as :attr:`core` sees them."""
+        return h
+
     @abstractmethod
     def correlate(self, h: Tensor) -> Tensor:
         """``Wᵀh``: ``(B, m)`` to ``(B, n)``."""

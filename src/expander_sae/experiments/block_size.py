@@ -115,7 +115,7 @@ def problem(settings: BlockSize) -> tuple[ExpanderMatrix, dict[str, Tensor]]:
     """The matrix and the samples ``(batch, m)`` by name, float32 on the CPU."""
     generator = torch.Generator().manual_seed(settings.seed)
     mask = Mask.build("left-regular", d_in=settings.m, d_sae=settings.n, degree=settings.d, seed=settings.seed)
-    matrix = ExpanderDictionary(mask, generator=generator).matrix().detach()
+    matrix = ExpanderDictionary(mask, generator=generator).core().detach()
     features = (
         torch.rand(settings.batch, settings.n, generator=generator).topk(settings.k, dim=1).indices.to(torch.int32)
     )

@@ -21,6 +21,7 @@ from expander_sae.progress import progress
 from expander_sae.report import picture
 from expander_sae.report.table import Column, number, text
 from expander_sae.sae import SAE
+from expander_sae.training import build_sae
 from expander_sae.training.exact import alternate, refit_dictionary
 from expander_sae.training.recipe import resolve
 from expander_sae.training.trainer import mean_and_variance, train
@@ -119,8 +120,8 @@ def _adam(
 ) -> Iterator[dict[str, Any]]:
     recipe = resolve(arm, {"steps": steps, "batch_size": settings.batch_size})
     # The first steps of a process load kernels and make buffers: they would count against the shortest run.
-    train(recipe.sae.build(store.d_in), store, replace(recipe.train, steps=3), description="Warm up")
-    sae = recipe.sae.build(store.d_in)
+    train(build_sae(recipe.sae, store), store, replace(recipe.train, steps=3), description="Warm up")
+    sae = build_sae(recipe.sae, store)
     began = time.perf_counter()
     train(sae, store, recipe.train, description=f"Adam, d={arm['degree']}")
     seconds = time.perf_counter() - began
@@ -136,7 +137,7 @@ def _adam(
 def _exact(
     arm: dict[str, Any], rows: int, rounds: int, store: ActivationSource, held_out: TensorSource
 ) -> Iterator[dict[str, Any]]:
-    sae = resolve(arm).sae.build(store.d_in)
+    sae = build_sae(resolve(arm).sae, store)
     seconds, began = 0.0, time.perf_counter()
     with torch.no_grad():  # as preset `pursuit` starts
         sae.b_dec.copy_(mean_and_variance(store, arm["seed"])[0])

@@ -189,12 +189,12 @@ def planted(settings: PhaseSettings, m: int, k: int, count: int, seed: int) -> t
     """A random matrix, ``count`` codes on it, and ``h = Wx + noise``."""
     generator = torch.Generator().manual_seed(seed)
     if settings.mask == DENSE:
-        matrix: Matrix = DenseDictionary.random(m, settings.n, generator=generator).matrix().detach()
+        matrix: Matrix = DenseDictionary.random(m, settings.n, generator=generator).core().detach()
     else:
         mask = Mask.build(settings.mask, d_in=m, d_sae=settings.n, degree=settings.degree, seed=seed)
         values = torch.randn(mask.rows.shape, generator=generator)
         values = {"flat": values.sign(), "gaussian": values, "binary": torch.ones_like(values)}[settings.values]
-        matrix = ExpanderDictionary(mask, values).matrix().detach()
+        matrix = ExpanderDictionary(mask, values).core().detach()
     features = torch.rand(count, settings.n, generator=generator).topk(k, dim=1).indices.to(torch.int32)
     amounts = torch.randn(count, k, generator=generator)
     code = SparseCode(features, amounts.sign() if settings.coefficients == "signs" else amounts)

@@ -172,6 +172,7 @@ def run(
         flat = h.detach().reshape(-1, matrix.d_in).to(wide)
         if b_dec is not None:
             flat = flat - b_dec.detach().to(wide)
+        flat, unit = unit.coordinates(flat), unit.core
         if flat.shape[0] == 0:
             return _nothing(h, k, wide)
         if fast is not None and cpu.chosen(backend, unit, wide):

@@ -31,6 +31,9 @@ class SAEConfig:
     """How the mask is drawn: ``left-regular`` (the paper's), or another kind of mask."""
     mask_options: dict[str, Any] = field(default_factory=dict)
     """Options of the mask."""
+    basis: Literal["standard", "random", "pca"] = "standard"
+    """What the columns are written in: ``standard`` (the model's own coordinates), ``pca`` (the principal axes of the
+    activations, ``d_in²`` stored values) or ``random`` (a control)."""
     encoder: str = "tied"
     """``tied`` (reads with the decoder's values), ``untied`` (with its own), the name of a pursuit, such as ``omp``, or
     ``mp-unrolled`` (matching pursuit with gradients through it)."""
@@ -55,7 +58,11 @@ class SAEConfig:
         check_options(f"the sparsity rule {self.sparsity!r}", self.sparsity_options, takes)
 
     def build(self, d_in: int) -> SAE:
-        """The untrained SAE. Raises ``ValueError`` for sizes that do not fit."""
+        """The untrained SAE, in the coordinates of the basis; :func:`expander_sae.training.build_sae` adds the basis.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
         if self.d_sae < 1:
             raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
         rule: Sparsity = SPARSITIES[self.sparsity](self.d_sae, self.k, **self.sparsity_options)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDictionary, Matrix, dictionary_from
+from expander_sae.dictionary import Basis, DenseDictionary, Dictionary, ExpanderDictionary, Matrix, dictionary_from
 from expander_sae.mask import Mask
 from expander_sae.ops import Selection, SparseCode
 from expander_sae.ops.fused import TiedError
@@ -90,7 +90,7 @@ class SAE(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         dictionary = ExpanderDictionary(mask, unit_norm=unit_norm, generator=generator)
         rule = TopK(mask.d_sae, k, relu=relu) if sparsity is None else sparsity
-        return cls(dictionary, _linear_encoder(dictionary.matrix().values, untied), rule)
+        return cls(dictionary, _linear_encoder(dictionary.core().values, untied), rule)
 
     @classmethod
     def dense(
@@ -143,8 +143,8 @@ class SAE(nn.Module):
 
     @property
     def num_values(self) -> int:
-        """Learned dictionary values, decoder and (if untied) encoder; biases not counted, as in the paper."""
-        return self.dictionary.num_values + self.encoder.num_values
+        """Learned values: decoder, basis and (if untied) encoder; biases not counted, as in the paper."""
+        return self.dictionary.num_values + self.dictionary.basis_values + self.encoder.num_values
 
     @property
     def num_bytes(self) -> int:
@@ -214,7 +214,7 @@ class SAE(nn.Module):
         ``norm`` is that of the raw values: see :meth:`~expander_sae.dictionary.Dictionary.point_at`.
         """
         self.dictionary.point_at(features, targets, norm)
-        self.encoder.reset_features(features, self.dictionary.matrix())
+        self.encoder.reset_features(features, self.dictionary.core())
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
@@ -225,6 +225,33 @@ class SAE(nn.Module):
         self.b_dec /= factor
         self.encoder.rescale_(factor)
         self.sparsity.rescale_(factor)
+
+    @torch.no_grad()
+    def leave_basis_(self) -> Basis | None:
+        """Turn an SAE of ``h`` into that of the coordinates ``Rᵀh`` and return the basis, if there is one.
+
+        Norms do not change, so training may go on there: on batches rotated once, at the speed of the sparse part.
+        """
+        basis = self.dictionary.basis
+        if basis is not None:
+            self.b_dec.copy_(basis.coordinates(self.b_dec))
+            self.dictionary.basis = None
+        return basis
+
+    @torch.no_grad()
+    def enter_basis_(self, basis: Basis | None) -> None:
+        """The inverse of :meth:`leave_basis_`: an SAE of coordinates in ``basis`` becomes that of the vectors.
+
+        Raises:
+            ValueError: a basis of another width, or the SAE has one.
+        """
+        if basis is None:
+            return
+        if basis.d_in != self.d_in or self.dictionary.basis is not None:
+            has = "has a basis" if self.dictionary.basis is not None else f"reads d_in = {self.d_in}"
+            raise ValueError(f"a basis of width {basis.d_in} does not fit an SAE that {has}")
+        self.dictionary.basis = basis.to(self.b_dec.device)
+        self.b_dec.copy_(basis.vectors(self.b_dec))
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds beside format, file hashes and its own hash (docs/formats.md)."""
@@ -312,8 +339,11 @@ class SAE(nn.Module):
         return self.dictionary.stored_tensors() | named | {"b_dec": self.b_dec.detach()}
 
     def _code(self, matrix: Matrix, h: Tensor, check_finite: bool = False) -> SparseCode:
+        # Rotated once, here: from there on everything runs at the speed of the sparse part.
+        core, h, center = matrix.core, matrix.coordinates(h), matrix.coordinates(self.b_dec)
+
         def score(selection: Selection) -> SparseCode:
-            return self.encoder(matrix, h, self.b_dec, selection, check_finite=check_finite)
+            return self.encoder(core, h, center, selection, check_finite=check_finite)
 
         return self.sparsity(score)
 
@@ -345,4 +375,4 @@ def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of one part, without its prefix; the dictionary's have none."""
     if prefix:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in tensors.items() if "." not in name}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("encoder.", "sparsity."))}

@@ -6,6 +6,16 @@ from expander_sae.training.config import TrainConfig
 from expander_sae.training.divergence import TrainingDiverged
 from expander_sae.training.interrupt import Stopped
 from expander_sae.training.saved import load_sae, sae_from_checkpoint
+from expander_sae.training.start import build_sae
 from expander_sae.training.trainer import Trainer, train
 
-__all__ = ["Stopped", "TrainConfig", "Trainer", "TrainingDiverged", "load_sae", "sae_from_checkpoint", "train"]
+__all__ = [
+    "Stopped",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDiverged",
+    "build_sae",
+    "load_sae",
+    "sae_from_checkpoint",
+    "train",
+]

@@ -85,12 +85,12 @@ def refit_dictionary(
     for h in _batches(source, rows, batch_size, seed, start_step):
         h = h.to(sae.b_dec.device, sae.dtype)
         code = sae.encode(h)
-        systems.add(code, h - sae.decode(code))
+        systems.add(code, sae.dictionary.coordinates(h - sae.decode(code)))
     change, bias = systems.solve(ridge)
     if systems.dense:
         change = sae.dictionary.restrict(torch.arange(sae.d_sae, device=change.device), change)
     scales = _install(sae, change)
-    sae.b_dec += bias.to(sae.dtype)
+    sae.b_dec += sae.dictionary.vectors(bias.to(sae.dtype))
     return DictionaryUpdate(scales, systems.fires, systems.count)
 
 
@@ -169,7 +169,7 @@ class _Systems:
         held = dictionary.held
         device, dtype = sae.b_dec.device, accumulate_dtype(sae.dtype)
         self.d_sae = sae.d_sae
-        support = dictionary.matrix().support
+        support = dictionary.core().support
         self.dense = support is None
         if support is None:
             self.rows, self.groups = torch.zeros(sae.d_sae, 1, dtype=torch.int64, device=device), 1

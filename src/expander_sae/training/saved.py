@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from expander_sae import files
+from expander_sae.dictionary import basis_from
 from expander_sae.sae import SAE, SAEFolderError
 from expander_sae.sae.folder import CONFIG_NAME
+from expander_sae.stored import Section
 from expander_sae.training.checkpoint import CHECKPOINT_NAME, Checkpoint
 from expander_sae.training.config import TrainConfig
 
@@ -133,9 +135,14 @@ def sae_from_checkpoint(path: str | Path) -> SAE:
         explicit = config["dictionary"].get("mask", {}).get("kind") == "explicit"
         sae = SAE.from_config(config, dict(_stored(state, explicit)))
         sae.load_state_dict(state)
+        if saved.numbers["basis"] is not None:
+            basis = basis_from(Section(saved.numbers["basis"], "basis"), saved.tensors, sae.d_in)
+        else:
+            basis = None
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the checkpoint {path} holds no SAE that this program can rebuild: {error}") from None
     sae.rescale_(scale)
+    sae.enter_basis_(basis)
     return sae
 
 

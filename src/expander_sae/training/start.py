@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from expander_sae.data.sources import ActivationSource
-from expander_sae.sae import SAE
+from expander_sae.dictionary import OrthogonalBasis
+from expander_sae.progress import progress
+from expander_sae.sae import SAE, SAEConfig
 
 _STATISTICS_ROWS = 16384  # sample for the mean and scale of activations
+_ROWS_AT_ONCE = 8192
+
+
+def build_sae(config: SAEConfig, source: ActivationSource) -> SAE:
+    """The untrained SAE of a configuration, its basis found from the activations it will be trained on.
+
+    A ``weighted`` mask of which the options say nothing of weights takes the variances of the coordinates.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    basis, variances = None, None
+    if config.basis == "pca":
+        basis, variances = principal_axes(source)
+    elif config.basis == "random":
+        basis = OrthogonalBasis.random(source.d_in, config.seed)
+    if config.mask == "weighted" and "weights" not in config.mask_options:
+        if variances is None:
+            covariance = _covariance(source)
+            rotation = torch.eye(len(covariance)) if basis is None else basis.matrix()
+            variances = (rotation.double() * (covariance @ rotation.double())).sum(dim=0)
+        config = replace(config, mask_options=config.mask_options | {"weights": [float(f"{v:.6g}") for v in variances]})
+    sae = config.build(source.d_in)
+    sae.enter_basis_(basis)
+    return sae
+
+
+def principal_axes(source: ActivationSource) -> tuple[OrthogonalBasis, Tensor]:
+    """The eigenvectors of the activations' covariance, largest variance first, and the variances ``(m,)``.
+
+    Each vector's largest entry is positive, so that the basis does not depend on a library's choice of signs.
+    """
+    variances, vectors = torch.linalg.eigh(_covariance(source))
+    variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
+    peak = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return OrthogonalBasis((vectors * peak.sign()).float(), "pca"), variances
+
+
+def _covariance(source: ActivationSource) -> Tensor:
+    """``(m, m)`` in float64, over all rows, read once."""
+    rows, m = len(source), source.d_in
+    middle = mean_and_variance(source, 0)[0]  # sums are taken about it: no cancellation
+    first, second = torch.zeros(m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
+    with progress("Covariance", rows, "row") as advance:
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            h = source.rows(slice(start, start + _ROWS_AT_ONCE)).double().cpu() - middle.cpu()
+            first += h.sum(dim=0)
+            second.addmm_(h.T, h)
+            advance(len(h))
+    mean = first / rows
+    return second / rows - torch.outer(mean, mean)
 
 
 def mean_and_variance(source: ActivationSource, seed: int) -> tuple[Tensor, float]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from expander_sae import __version__, files
 from expander_sae.data.sources import ActivationSource, prefetch
+from expander_sae.dictionary import Basis
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
 from expander_sae.training.config import TrainConfig
@@ -39,7 +41,8 @@ class Trainer:
     """One training run, step by step.
 
     ``initialise()`` (or ``restore(state)``), then ``step(0)``, ``step(1)``, … in order, at last ``finish()``. In
-    between the SAE may be one of scaled activations; ``finish()`` brings it back to those of the source.
+    between the SAE may be one of scaled activations, and is one of their coordinates if its dictionary has a basis;
+    ``finish()`` brings it back to those of the source.
 
     Args:
         sae: trained in place, where it is; batches follow it to its device and type. One that was trained before goes
@@ -49,6 +52,7 @@ class Trainer:
 
     Attributes:
         scale: what activations are multiplied with.
+        basis: what they are rotated into, after :meth:`initialise`; ``None`` where the dictionary has none.
         variance: ``mean ‖h - h̄‖²`` of the activations as trained on: the FVU of the log is a fraction of it.
         use: counters of fires.
         resampled: features re-aimed so far.
@@ -68,11 +72,19 @@ class Trainer:
         self.sae, self.source, self.config = sae, source, config
         self.device = sae.b_dec.device
         self.scale = 1.0
+        self.basis: Basis | None = None
         self.variance = 0.0
         self.resampled = 0
         self.use = FeatureUse(sae.d_sae, self.device)
         self.origin = origin_of(source, sae)
         self._before: dict[str, Any] | None = sae.metadata.get("training")
+        self._identity = {
+            "sae": sae.config() | {"dtype": str(sae.dtype), "metadata": None, "basis": _digest(sae.dictionary.basis)},
+            "train": config.identity(),
+            "rows": len(source),
+            "trained_on": self.origin,
+            "continues": self._before and {key: self._before.get(key) for key in ("seconds", "tokens_seen")},
+        }
         self._parameters = list(sae.parameters())
         fused = self.device.type == "cpu"  # on CUDA it wants its step counts there, which a checkpoint does not keep
         self._optimiser = torch.optim.Adam(self._parameters, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
@@ -86,14 +98,8 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a saved state to be continued, as JSON."""
-        return {
-            "sae": self.sae.config() | {"dtype": str(self.sae.dtype), "metadata": None},
-            "train": self.config.identity(),
-            "rows": len(self.source),
-            "trained_on": self.origin,
-            "continues": self._before and {key: self._before.get(key) for key in ("seconds", "tokens_seen")},
-        }
+        """What must agree for a saved state to be continued, as JSON: that of the run's beginning."""
+        return self._identity
 
     def initialise(self) -> None:
         """Mean and variance of the activations, put to the use that the recipe asks for.
@@ -113,7 +119,8 @@ class Trainer:
             self.scale, self.variance = scale, float(sae.d_in)
         if config.b_dec_init == "mean" and not bool(sae.b_dec.any()):
             with torch.no_grad():
-                sae.b_dec.copy_(mean.to(self.device) * self.scale)
+                start = mean if self.basis is None else self.basis.coordinates(mean)
+                sae.b_dec.copy_(start.to(self.device) * self.scale)
 
     def step(self, step: int) -> Tensor:
         """Step number ``step``, from 0, on the source's next batch; returns its squared error, not waited for.
@@ -199,6 +206,8 @@ class Trainer:
             for key, value in self._optimiser.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors |= {"fires": self.use.fires, "idle_tokens": self.use.idle_tokens}
+        if self.basis is not None:
+            tensors |= {f"basis.{name}": tensor for name, tensor in self.basis.stored_tensors().items()}
         tensors["losses"] = torch.stack(self._losses) if self._losses else torch.zeros(0)
         self._lap()
         numbers = {
@@ -212,6 +221,7 @@ class Trainer:
             "fvu": self._fvu,
             "resampled": self.resampled,
             "before": self._before,
+            "basis": None if self.basis is None else self.basis.config(),
             "sae": self.sae.config() | {"metadata": self.sae.metadata | {"training": self.summary()}},
         }
         return tensors, numbers
@@ -246,6 +256,8 @@ class Trainer:
             self._batches = None
         self.sae.rescale_(self.scale)
         self.scale = 1.0
+        self.sae.enter_basis_(self.basis)
+        self.basis = None
         self.sae.eval()
 
     def summary(self) -> dict[str, Any]:
@@ -270,14 +282,17 @@ class Trainer:
     def _enter(self) -> None:
         """The SAE's metadata speak of this run from now on; figures measured before it no longer hold."""
         self.sae.train()
+        self.basis = self.sae.leave_basis_()
         self.sae.metadata["trained_on"] = self.origin
         self.sae.metadata.pop("metrics", None)
         self._clock = time.perf_counter()
 
     def _prepared(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Batches on the SAE's device and of its type, scaled."""
+        """Batches on the SAE's device and of its type, in its basis, scaled."""
         for h in batches:
             moved = h.to(self.device, self.sae.dtype)
+            if self.basis is not None:
+                moved = self.basis.coordinates(moved)
             if self.scale != 1.0:
                 moved = h * self.scale if moved is h else moved.mul_(self.scale)
             yield moved
@@ -288,6 +303,16 @@ class Trainer:
         elapsed, self._clock = now - self._clock, now
         self._seconds += elapsed
         return elapsed
+
+
+def _digest(basis: Basis | None) -> str | None:
+    """SHA-256 of what a basis stores."""
+    if basis is None:
+        return None
+    stored = basis.stored_tensors()
+    return hashlib.sha256(
+        b"".join(stored[name].cpu().double().numpy().tobytes() for name in sorted(stored))
+    ).hexdigest()
 
 
 def train(

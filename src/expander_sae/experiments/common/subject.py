@@ -18,6 +18,7 @@ from expander_sae.evaluation import SharedPasses, evaluation_rows
 from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
 from expander_sae.sae.folder import CONFIG_NAME, read_config
+from expander_sae.training import build_sae
 from expander_sae.training.recipe import resolve
 from expander_sae.training.trainer import train
 
@@ -89,7 +90,7 @@ class Subject:
 def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
     """The SAE ``name``, trained into ``out/name``, continued there, or taken as it is if it is finished."""
     recipe = resolve(settings)
-    sae = recipe.sae.build(store.d_in)
+    sae = build_sae(recipe.sae, store)
     train(sae, store, recipe.train, out / name, recipe=recipe, description=f"Train {name}")
     return sae
 
