@@ -1,13 +1,14 @@
 """What can be proven of a mask or a dictionary, and what can be measured where nothing can (docs/theory.md).
 
-    from expander_sae.theory import certify, verdict
-    certificate = certify(sae.dictionary, k=sae.k)
-    print(verdict(certificate))
+from expander_sae.theory import certify, verdict
+certificate = certify(sae.dictionary, k=sae.k)
+print(verdict(certificate))
 """
 
 from __future__ import annotations
 
 from expander_sae.theory.certificates import (
+    KIND,
     Certificate,
     certify,
     dictionary_sha256,
@@ -26,12 +27,14 @@ from expander_sae.theory.expansion import (
 )
 from expander_sae.theory.on_codes import Measures, coverage, erc, measure, sigma_min, singular_values
 from expander_sae.theory.planted import Recovery, auc, rank_correlation, recover
-from expander_sae.theory.survey import NOISE_LEVELS, QUANTILES, CodeSurvey, Planted, survey
+from expander_sae.theory.survey import NOISE_LEVELS, QUANTILES, SHARES, CodeSurvey, Planted, survey
 from expander_sae.theory.verdict import levels, one_line, shown_ends, verdict
 
 __all__ = [
+    "KIND",
     "NOISE_LEVELS",
     "QUANTILES",
+    "SHARES",
     "Certificate",
     "CodeSurvey",
     "Coherence",

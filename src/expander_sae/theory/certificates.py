@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Self
@@ -161,27 +160,32 @@ class Certificate:
         whole.version(VERSION)
         keys = ("sha256", "d_in", "d_sae", "k", "mu_1", "zero_columns", "expansion", "refused", "codes")
         whole.only("kind", "version", *keys)
-        sizes = {name: whole.integer(name) for name in ("d_in", "d_sae", "k")}
-        sums = tuple(_from_json(value, "certificate.mu_1") for value in _list(whole, "mu_1"))
+        d_sae = whole.integer("d_sae")
+        sums = tuple(_from_json(value, "certificate.mu_1") for value in _list(whole, "mu_1", (str, float)))
         known = cls(
             sha256=whole.text("sha256"),
-            **sizes,
-            coherence=Coherence(sums, sizes["d_sae"], whole.integer("zero_columns", 0)),
-            refused=None if whole.entries["refused"] is None else whole.text("refused"),
-            codes=None if whole.entries["codes"] is None else CodeSurvey.from_section(whole.section("codes")),
+            d_in=whole.integer("d_in"),
+            d_sae=d_sae,
+            k=whole.integer("k"),
+            coherence=Coherence(sums, d_sae, whole.integer("zero_columns", 0)),
+            refused=None if whole.entries.get("refused") is None else whole.text("refused"),
+            codes=None if whole.entries.get("codes") is None else CodeSurvey.from_section(whole.section("codes")),
         )
-        if whole.entries["expansion"] is None:
+        if whole.entries.get("expansion") is None:
             return known
         part = whole.section("expansion")
         part.only("degree", "beta_squared", "flatness", "found", "bound", "bounded_by")
+        found, bound = (tuple(_list(part, name, int)) for name in ("found", "bound"))
+        if len(found) != len(bound):
+            raise ValueError(f"{part.name} has {len(found)} deficits from below and {len(bound)} from above")
         return replace(
             known,
             degree=part.integer("degree"),
             beta_squared=_from_json(part.entries.get("beta_squared"), f"{part.name}.beta_squared"),
-            flatness=tuple(_list(part, "flatness")),
-            found=tuple(_list(part, "found")),
-            bound=tuple(_list(part, "bound")),
-            bounded_by=tuple(_list(part, "bounded_by")),
+            flatness=tuple(_list(part, "flatness", float)),
+            found=found,
+            bound=bound,
+            bounded_by=tuple(_list(part, "bounded_by", str)),
         )
 
     def _paper_level(self, condition: Any) -> int:
@@ -284,8 +288,8 @@ def _from_json(value: Any, name: str) -> Number:
     raise ValueError(f"{name} should be a fraction such as '4/7' or a number with a point, it is {value!r}")
 
 
-def _list(section: Section, key: str) -> Sequence[Any]:
+def _list(section: Section, key: str, kinds: type | tuple[type, ...]) -> list[Any]:
     value = section.entries.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{section.name}.{key} should be a list, it is {value!r}")
+    if not isinstance(value, list) or not value or not all(isinstance(one, kinds) for one in value):
+        raise ValueError(f"{section.name}.{key} should be a list of figures, it is {str(value)[:80]}")
     return value

@@ -218,7 +218,7 @@ def _bounds(graph: Graph, shared: Overlaps, largest: int, mask: Mask) -> dict[st
     named = {
         "pair overlap": pair,
         "star": star,
-        "Corrádi": edges - -(-graph.degree**2 * s // (graph.degree + a * (s - 1))),
+        "Corrádi": edges - -(-(graph.degree**2) * s // (graph.degree + a * (s - 1))),
         "shared pairs": edges - _fewest_rows(edges, np.minimum(pair, star)),
         "row degrees": edges - _rows_to_hold(graph, s),
     }

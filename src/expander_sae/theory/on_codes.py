@@ -57,7 +57,7 @@ def erc(matrix: Matrix, indices: Tensor, used: Tensor | None = None) -> Tensor:
         dependent = eigenvalues[:, 0] <= _SINGULAR * eigenvalues[:, -1]
         gram[dependent] = torch.eye(gram.shape[1], dtype=gram.dtype)
         correlations = unit.correlate(columns)  # (b, k, n): W_Sᵀ W
-        projected = torch.linalg.solve(gram, correlations).abs_().sum(dim=1)
+        projected = (torch.linalg.inv(gram) @ correlations).abs_().sum(dim=1)
         # Members, and in unused slots some member again.
         member = torch.where(on, slots, slots.gather(1, on.int().argmax(dim=1, keepdim=True)))
         member = torch.where(on.any(dim=1, keepdim=True), member, 0)
@@ -144,9 +144,7 @@ def _prepared(matrix: Matrix, indices: Tensor, used: Tensor | None) -> tuple[Mat
     return unit, indices, used
 
 
-def _supports(
-    unit: Matrix, indices: Tensor, used: Tensor, width: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _supports(unit: Matrix, indices: Tensor, used: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Chunks: where, the columns ``(b, k, m)`` with zeros in unused slots, and their Gram matrix, 1 there.
 
     An array ``(b, k, width)`` fits into memory beside the columns.

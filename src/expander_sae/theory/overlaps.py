@@ -9,7 +9,7 @@ import torch
 
 from expander_sae.mask import Mask
 from expander_sae.mask.structure import gram_blocks
-from expander_sae.theory.rows import largest_partners
+from expander_sae.theory.rows import entries_from, largest_partners
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def overlaps(mask: Mask, partners: int, threshold: int, most_pairs: int) -> Over
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     threshold = max(1, threshold)
     for start, block in gram_blocks(mask.rows, ones, mask.d_in):
-        stars[start : start + block.shape[0]] = largest_partners(block, start, partners, whole=True).cumsum(axis=1)
-        place = np.flatnonzero(block.data >= threshold)
-        row = start + np.searchsorted(block.indptr, place, side="right") - 1
-        once = row < block.indices[place]
-        pairs = np.stack([row[once], block.indices[place[once]]], axis=1).astype(np.int64)
-        kept.append((pairs, block.data[place[once]].astype(np.int64)))
+        found = largest_partners(block, start, partners, whole=True)
+        stars[start : start + len(found)] = found.cumsum(axis=1)
+        row, column, shared = entries_from(block, threshold)
+        once = row + start < column
+        pairs = np.stack([row[once] + start, column[once]], axis=1)
+        kept.append((pairs, shared[once].astype(np.int64)))
         while sum(len(shared) for _, shared in kept) > most_pairs:
             threshold += 1
             kept = [(pairs[shared >= threshold], shared[shared >= threshold]) for pairs, shared in kept]

@@ -10,7 +10,7 @@ from torch import Tensor
 from expander_sae.dictionary import Matrix
 from expander_sae.ops import SparseCode
 from expander_sae.pursuit import omp
-from expander_sae.theory.on_codes import Measures
+from expander_sae.theory.on_codes import Measures, unit_values
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def recover(matrix: Matrix, code: SparseCode, noise: Tensor, seed: int = 0) -> R
     return Recovery((common == size).cpu(), (common / size.clamp_min(1)).double().cpu())
 
 
+def strongest(matrix: Matrix, code: SparseCode, size: int) -> SparseCode:
+    """The ``size`` largest coefficients (of unit columns) of each code."""
+    place = unit_values(matrix, code).abs().topk(min(size, code.k), dim=1).indices.to(code.indices.device)
+    return SparseCode(code.indices.gather(1, place), code.values.gather(1, place))
+
+
 def predictors(measures: Measures) -> dict[str, Tensor]:
     """Measures by name, each ``(B,)`` and turned so that more of it should mean recovery."""
     named = {
@@ -60,7 +66,6 @@ def predictors(measures: Measures) -> dict[str, Tensor]:
         "collisions": -measures.collisions,
         "coefficient / noise": measures.coefficient_to_noise,
         "coefficient / noise, over what T15 needs": measures.coefficient_to_noise / measures.needed,
-        "active features": -measures.size.double(),
     }
     return {name: values for name, values in named.items() if not bool(values.isnan().all())}
 

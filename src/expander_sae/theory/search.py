@@ -5,6 +5,8 @@ The collisions of ``S`` are ``C(S) = d·|S| - |N(S)|``. All figures are integers
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse
 
@@ -139,7 +141,8 @@ def _hits(
     covered = scipy.sparse.csr_matrix((np.ones(used.size, dtype=np.int32), used.ravel(), ends), (count, graph.d_in))
     covered.sum_duplicates()
     covered.data[:] = 1
-    hits = (covered @ by_row).tocoo()
+    product: Any = covered @ by_row
+    hits = product.tocoo()
     which, column, gained = hits.row.astype(np.int64), hits.col.astype(np.int64), hits.data.astype(np.int64)
     free = np.flatnonzero(have >= least)  # these may take a column that shares no row with them
     if len(free):

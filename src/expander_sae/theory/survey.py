@@ -13,28 +13,37 @@ from torch import Tensor
 from expander_sae.dictionary import Matrix
 from expander_sae.ops import SparseCode
 from expander_sae.stored import Section
-from expander_sae.theory.on_codes import measure
-from expander_sae.theory.planted import auc, predictors, rank_correlation, recover
+from expander_sae.theory.on_codes import Measures, measure
+from expander_sae.theory.planted import Recovery, auc, predictors, rank_correlation, recover, strongest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NOISE_LEVELS = (0.0, 0.1, 0.3, 1.0)
 """Fractions of the measured residual norm at which codes are planted."""
+SHARES = (8, 4, 2, 1)
+"""Codes are planted whole and as their strongest half, quarter and eighth: measures tell most where some are found."""
+_FEWEST = 5  # tokens on either side of an AUC; fewer say nothing
 
 
 @dataclass(frozen=True)
 class Planted:
-    """OMP on planted codes at one level of noise.
+    """OMP on planted codes of one size at one level of noise.
 
     Attributes:
+        size: the most features of a code, its strongest.
         noise: fraction of each token's residual norm.
+        erc_below_one: share of tokens on whose planted support OMP provably works without noise.
+        guaranteed: share on which it provably does at this noise (docs/theory.md T15).
         exact: share of tokens whose support came back whole.
         share: mean share of the support that came back.
-        auc: for each measure how well it tells, token by token, whether the support came back; ``None`` where all
-            or none did.
+        auc: for each measure how well it tells, token by token, whether the support came back; ``None`` where
+            fewer than five tokens are on one side.
         correlation: for each measure the rank correlation with the share that came back; ``None`` where constant.
     """
 
+    size: int
     noise: float
+    erc_below_one: float
+    guaranteed: float
     exact: float
     share: float
     auc: Mapping[str, float | None]
@@ -50,17 +59,14 @@ class CodeSurvey:
         source: where the activations come from.
         encoder: who made the codes.
         quantiles: for each measure its quantiles at :data:`QUANTILES`.
-        erc_below_one: share of tokens on whose support OMP provably works without noise.
-        guaranteed: share on which it provably does at the measured residual (docs/theory.md T15).
-        planted: outcomes at :data:`NOISE_LEVELS`.
+        planted: outcomes, by size of the code and then at :data:`NOISE_LEVELS`; the last is the whole code at the
+            measured residual.
     """
 
     tokens: int
     source: str
     encoder: str
     quantiles: Mapping[str, tuple[float, ...]]
-    erc_below_one: float
-    guaranteed: float
     planted: tuple[Planted, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +76,7 @@ class CodeSurvey:
 
     @classmethod
     def from_section(cls, section: Section) -> Self:
-        """Read :meth:`to_dict` back. Raises ``ValueError`` for entries that are missing, of another type, or unknown."""
+        """Read :meth:`to_dict` back. Raises ``ValueError`` for an entry missing, of another type, or not known."""
         section.only(*cls.__dataclass_fields__)
         quantiles = section.section("quantiles")
         planted = section.entries.get("planted")
@@ -81,8 +87,6 @@ class CodeSurvey:
             source=section.text("source"),
             encoder=section.text("encoder"),
             quantiles={name: _numbers(quantiles, name) for name in quantiles.entries},
-            erc_below_one=section.number("erc_below_one"),
-            guaranteed=section.number("guaranteed"),
             planted=tuple(_planted(Section(one, f"{section.name}.planted")) for one in planted),
         )
 
@@ -120,13 +124,12 @@ def survey(
         "coefficient / noise needed": measures.needed,
     }
     at = torch.tensor(QUANTILES, dtype=torch.float64)
-    telling = predictors(measures)
     planted = []
-    for level in NOISE_LEVELS:
-        found = recover(matrix, code, level * noise, seed)
-        areas = {name: auc(values, found.exact) for name, values in telling.items()}
-        related = {name: rank_correlation(values, found.share) for name, values in telling.items()}
-        planted.append(Planted(level, float(found.exact.double().mean()), float(found.share.mean()), areas, related))
+    for size in sorted({max(1, code.k // share) for share in SHARES}):
+        part = code if size == code.k else strongest(matrix, code, size)
+        of_part = measures if size == code.k else measure(matrix, part, noise)
+        for level in NOISE_LEVELS:
+            planted.append(_outcome(size, level, of_part, recover(matrix, part, level * noise, seed)))
     return CodeSurvey(
         tokens=len(noise),
         source=source,
@@ -136,17 +139,38 @@ def survey(
             for name, values in shown.items()
             if not bool(values.isnan().any())
         },
-        erc_below_one=float((measures.erc < 1).double().mean()),
-        guaranteed=float((measures.coefficient_to_noise > measures.needed).double().mean()),
         planted=tuple(planted),
     )
+
+
+def _outcome(size: int, level: float, measures: Measures, found: Recovery) -> Planted:
+    few = min(int(found.exact.sum()), int((~found.exact).sum())) < _FEWEST
+    telling = predictors(measures)
+    safe = measures.coefficient_to_noise > level * measures.needed if level else measures.erc < 1
+    return Planted(
+        size,
+        level,
+        _mean(measures.erc < 1),
+        _mean(safe),
+        _mean(found.exact),
+        _mean(found.share),
+        {name: None if few else auc(values, found.exact) for name, values in telling.items()},
+        {name: rank_correlation(values, found.share) for name, values in telling.items()},
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
 
 
 def _planted(section: Section) -> Planted:
     section.only(*Planted.__dataclass_fields__)
     areas, related = section.section("auc"), section.section("correlation")
     return Planted(
+        section.integer("size"),
         section.number("noise"),
+        section.number("erc_below_one"),
+        section.number("guaranteed"),
         section.number("exact"),
         section.number("share"),
         {name: None if areas.entries[name] is None else areas.number(name) for name in areas.entries},

@@ -7,6 +7,7 @@ from typing import Any
 
 from expander_sae.theory.certificates import Certificate, Ends
 from expander_sae.theory.coherence import below_one
+from expander_sae.theory.survey import Planted
 
 _COLLAPSED = 0.999  # of √d: a column that is one entry but for rounding
 
@@ -45,20 +46,26 @@ def one_line(certificate: Certificate) -> str:
 
 def _worst_case(certificate: Certificate) -> list[str]:
     if zero := certificate.coherence.zero_columns:
-        return [f"Nothing is guaranteed: {zero:,} of {certificate.d_sae:,} columns are zero, so no code is the only one."]
+        return [
+            f"Nothing is guaranteed: {zero:,} of {certificate.d_sae:,} columns are zero, so no code is the only one."
+        ]
     omp, unique, k = certificate.omp_level, certificate.unique_level, certificate.k
     said = []
     if omp:
-        said.append(f"Guaranteed for every code of at most {omp} active feature{'s' if omp > 1 else ''}: OMP and basis pursuit recover it exactly, without noise.")
+        features = "feature" if omp == 1 else "features"
+        said.append(
+            f"Guaranteed for every code of at most {omp} active {features}: OMP and basis pursuit recover it exactly, "
+            "without noise."
+        )
     else:
-        said.append("Guaranteed by coherence: not even that OMP recovers every code of one active feature.")
+        said.append("Nothing is guaranteed, not even that OMP recovers every code of one active feature.")
     if unique > omp:
         said.append(f"A code of at most {unique} active features is the only one so sparse.")
     if omp >= k:
         said.append(f"The dictionary is used at k = {k}: within the guarantee, as far as codes are exactly sparse.")
     else:
-        times = f"{k / omp:.3g} times the guaranteed level" if omp else "nothing is guaranteed"
-        said.append(f"The dictionary is used at k = {k}: {times}. No worst-case theorem speaks of it there.")
+        times = f", {k / omp:.3g} times that" if omp else ""
+        said.append(f"The dictionary is used at k = {k}{times}: no worst-case theorem speaks of it there.")
     return said
 
 
@@ -81,20 +88,23 @@ def _on_codes(certificate: Certificate) -> list[str]:
     codes = certificate.codes
     if codes is None:
         return []
+    whole = codes.planted[-1]
     said = [
-        f"On {codes.tokens:,} codes of {codes.source} (encoder {codes.encoder}): on {codes.erc_below_one:.1%} of the "
-        f"supports OMP provably works without noise, on {codes.guaranteed:.1%} at the residual that is there."
+        f"On {codes.tokens:,} codes of {codes.source} (encoder {codes.encoder}): on {whole.erc_below_one:.1%} of the "
+        f"supports OMP provably works without noise, on {whole.guaranteed:.1%} at the residual that is there."
     ]
-    for planted in (codes.planted[0], codes.planted[-1]):
-        how = "without noise" if planted.noise == 0 else f"at {planted.noise:g} times the measured residual"
-        best = max(
-            ((area, name) for name, area in planted.auc.items() if area is not None), default=None
-        )
-        tells = f"; best told by {best[1]} (AUC {best[0]:.2f})" if best else ""
+    for planted in (one for one in codes.planted if one.size == whole.size and one.noise in (0, 1)):
+        how = "without noise" if planted.noise == 0 else "under noise of the measured residual's norm"
         said.append(
-            f"Planted {how}, OMP finds {planted.exact:.1%} of the supports whole, {planted.share:.1%} of the features{tells}."
+            f"Planted {how}, OMP finds {planted.exact:.1%} of the supports whole and {planted.share:.1%} of their "
+            f"features{_best(planted)}."
         )
     return said
+
+
+def _best(planted: Planted) -> str:
+    known = [(area, name) for name, area in planted.auc.items() if area is not None]
+    return f"; {max(known)[1]} tells best which (AUC {max(known)[0]:.2f})" if known else ""
 
 
 def _judged(ends: Ends) -> str:
