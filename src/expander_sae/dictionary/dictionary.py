@@ -47,6 +47,11 @@ class Dictionary(nn.Module):
         self.register_buffer("held", held)
         self.values = nn.Parameter((values if held is None else values.masked_fill(~held, 0)).contiguous())
 
+    @property
+    def mask(self) -> Mask | None:
+        """The supports, if not every column may use all rows."""
+        return None
+
     def matrix(self) -> Matrix:
         """The map, with unit-norm columns if ``unit_norm``. Hold it while parameters stand still: it is made anew."""
         raise NotImplementedError
