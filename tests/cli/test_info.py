@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from expander_sae.cli import app
 from expander_sae.data.sources import TensorSource
+from expander_sae.mask import Mask
+from expander_sae.sae import SAE
 from expander_sae.training import train
 
 
-def info(place: Path) -> Result:
-    return CliRunner().invoke(app, ["info", str(place)], env={"COLUMNS": "200"})
+def info(place: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["info", str(place), *options], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,24 @@ def test_one_of_several_is_damaged(runs: Path, name: str) -> None:
             assert "Traceback" not in shown.output
     finally:
         (runs / name).write_bytes(whole)
+
+
+def test_the_mask_is_drawn(runs: Path, tmp_path: Path) -> None:
+    shown = info(runs / "done", "--plot", str(tmp_path / "mask.png"))
+    assert shown.exit_code == 0, shown.output
+    assert f"The mask is drawn in {tmp_path / 'mask.png'}" in shown.output
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dense_sae_has_no_mask_to_draw(tmp_path: Path) -> None:
+    SAE.dense(4, 6, k=2).save_pretrained(tmp_path)
+    shown = info(tmp_path, "--plot", str(tmp_path / "mask.png"))
+    assert shown.exit_code != 0
+    assert "has no mask to draw" in shown.output
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_the_weights_of_a_mask_are_not_printed_one_by_one(tmp_path: Path) -> None:
+    mask = Mask.build("weighted", d_in=40, d_sae=50, degree=3, weights=list(range(40)))
+    SAE.expander(mask, 2).save_pretrained(tmp_path)
+    assert '"weights": "40 numbers"' in facts(info(tmp_path))["mask"]

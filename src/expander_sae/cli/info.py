@@ -11,6 +11,7 @@ import typer
 from expander_sae.cli.app import app
 
 Facts = dict[str, Any]
+_LONG_LIST = 16
 
 
 @app.command(epilog="Example: [bold]expander-sae info runs/demo/expander-d7[/bold]")
@@ -23,6 +24,13 @@ def info(
             "activation store.",
         ),
     ],
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the mask of an SAE into this PNG: its entries, row degrees, and how many rows columns share.",
+        ),
+    ] = None,
 ) -> None:
     """What is there: sizes in values and bytes, signed codes or not, origin, training so far; hashes verified."""
     from expander_sae import files
@@ -31,6 +39,8 @@ def info(
     from expander_sae.training.saved import checkpoint_of
 
     path = files.user_path(place)
+    if plot is not None:
+        _draw(place, plot)
     if (path / MANIFEST).exists():
         facts = _store(path)
     elif path.is_dir() and not (path / CONFIG_NAME).exists() and checkpoint_of(path) is None and _inside(path):
@@ -40,7 +50,31 @@ def info(
         facts = _sae(place)
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value if isinstance(value, str | int) else json.dumps(value)}")
+        print(f"{name:<{width}}  {value if isinstance(value, str | int) else json.dumps(_short(value))}")
+    if plot is not None:
+        print(f"The mask is drawn in {plot}")
+
+
+def _short(value: Any) -> Any:
+    """``value`` with long lists of numbers, such as the weights of a mask's rows, told by their length."""
+    if isinstance(value, dict):
+        return {key: _short(entry) for key, entry in value.items()}
+    if isinstance(value, list) and len(value) > _LONG_LIST and all(isinstance(entry, int | float) for entry in value):
+        return f"{len(value):,} numbers"
+    return value
+
+
+def _draw(place: str, plot: Path) -> None:
+    from expander_sae import files
+    from expander_sae.report import picture
+    from expander_sae.report.mask import plot_mask
+    from expander_sae.training import load_sae
+
+    dictionary = load_sae(place).dictionary
+    mask = dictionary.mask
+    if mask is None:
+        raise ValueError(f"{place} has no mask to draw: every column of its {dictionary.kind} dictionary uses all rows")
+    picture.save(plot_mask(mask, f"{place}: {mask}"), files.user_path(str(plot)))
 
 
 def _store(path: Path) -> Facts:

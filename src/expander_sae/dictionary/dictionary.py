@@ -55,6 +55,11 @@ class Dictionary(nn.Module):
         """The map without the basis, with unit-norm columns if ``unit_norm``."""
         raise NotImplementedError
 
+    @property
+    def mask(self) -> Mask | None:
+        """The supports, if not every column may use all rows."""
+        return None
+
     def matrix(self) -> Matrix:
         """The map ``W``. Hold it while parameters stand still: it is made anew."""
         core = self.core()
