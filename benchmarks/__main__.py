@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import encode, idle, memory, peers, public, pursuit, report, step
+from benchmarks import encode, idle, memory, peers, public, pursuit, report, step, theory
 from benchmarks.cases import DEFAULT_SIZES, Shape
 from benchmarks.checks import WrongAnswer
 from benchmarks.measure import Row, Settings
@@ -20,6 +20,7 @@ SUITES: dict[str, Callable[[Shape, Settings], list[Row]]] = {
     "pursuit": pursuit.run,
     "public": public.run,
     "memory": memory.run,
+    "theory": theory.run,
 }
 
 

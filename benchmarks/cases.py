@@ -51,6 +51,7 @@ DEFAULT_SIZES: dict[str, tuple[str, ...]] = {
     "pursuit": ("512x4096x7x64",),
     "public": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64"),
     "memory": (_MILLION,),
+    "theory": ("512x4096x7x64", "2048x16384x7x64", "2048x16384x30x64", "2048x131072x7x64"),
 }
 """Suite to the sizes it runs at unless told otherwise."""
 

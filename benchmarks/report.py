@@ -24,6 +24,7 @@ TITLES = {
     "pursuit": "Pursuit",
     "public": "What users call: the public path against the kernels",
     "memory": "A million features: memory of the whole process",
+    "theory": "Certificates: what is proven of a dictionary",
 }
 
 

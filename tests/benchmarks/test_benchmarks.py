@@ -75,13 +75,13 @@ def test_missing_peers_are_listed(monkeypatch: pytest.MonkeyPatch):
 def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("benchmarks.idle.others", lambda: 0.0)
     path = tmp_path / "out.json"
-    arguments = ["encode", "memory", "--sizes", SIZES, "--repeats", "2", "--batch", "8", "--threads", "1"]
+    arguments = ["encode", "memory", "theory", "--sizes", SIZES, "--repeats", "2", "--batch", "8", "--threads", "1"]
     assert main([*arguments, "--json", str(path)]) == 0
     assert "ours is faster" in capsys.readouterr().out
     saved = json.loads(path.read_text())
     assert saved["settings"] == {"repeats": 2, "threads": 1, "batch": 8}
     assert saved["environment"]["torch"] == torch.__version__
-    assert {row["suite"] for row in saved["rows"]} == {"encode", "memory"}
+    assert {row["suite"] for row in saved["rows"]} == {"encode", "memory", "theory"}
     child = next(row for row in saved["rows"] if row["name"] == "expander, step")
     if sys.platform == "linux":
         assert child["memory_bytes"] > 50 << 20  # PyTorch alone is more

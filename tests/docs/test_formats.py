@@ -17,6 +17,7 @@ from support.house import ROOT
 
 from expander_sae import SAE, Mask
 from expander_sae.data import StoreMeta, StoreWriter, TensorSource
+from expander_sae.theory import CodeSurvey, certify
 from expander_sae.training import TrainConfig, train
 
 PAGE = (ROOT / "docs" / "formats.md").read_text()
@@ -122,6 +123,14 @@ def test_an_sae_can_be_run_from_the_page(explicit: bool, tmp_path: Path) -> None
     expected = x @ w.T + tensors["b_dec"]
     found = SAE.from_pretrained(tmp_path)(torch.from_numpy(h))
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-5)
+
+
+def test_a_certificate_has_the_fields_of_the_page() -> None:
+    certificate = certify(Mask.build("left-regular", d_in=20, d_sae=33, degree=5), k=4).to_dict()
+    assert certificate.keys() == keys_of("**`certificate`**")
+    named = set(re.findall(r"`([\w.]+)`", PAGE))
+    assert certificate["expansion"].keys() <= named
+    assert CodeSurvey.__dataclass_fields__.keys() <= named
 
 
 def test_a_store_has_the_fields_of_the_page(tmp_path: Path) -> None:

@@ -80,9 +80,19 @@ def _sae(place: str) -> Facts:
         **config["dictionary"],
         "sparsity": config["sparsity"],
         "signed codes": "yes" if sae.signed else "no",
+        **_certificate(sae.certificate),
         **sae.metadata,
         "hashes": hashes,
     }
+
+
+def _certificate(stored: Facts | None) -> Facts:
+    """A certificate of ours in one line; loading has made sure that it is of this dictionary."""
+    from expander_sae.theory import KIND, Certificate, one_line
+
+    if stored is None:
+        return {}
+    return {"certificate": one_line(Certificate.from_dict(stored)) if stored.get("kind") == KIND else stored}
 
 
 def _inside(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from expander_sae.evaluation.conventions import CONVENTIONS, Convention, convention_named
+from expander_sae.evaluation.guarantees import certify_sae
 from expander_sae.evaluation.in_model import (
     InModel,
     MismatchError,
@@ -22,6 +23,7 @@ __all__ = [
     "ReconstructionMeter",
     "SharedPasses",
     "ce_recovered",
+    "certify_sae",
     "convention_named",
     "differences",
     "evaluate_in_model",

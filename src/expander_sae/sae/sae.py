@@ -13,7 +13,7 @@ from expander_sae.dictionary import DenseDictionary, Dictionary, ExpanderDiction
 from expander_sae.mask import Mask
 from expander_sae.ops import Selection, SparseCode
 from expander_sae.ops.fused import TiedError
-from expander_sae.sae import folder, hub
+from expander_sae.sae import certified, folder, hub
 from expander_sae.sae.encoder import ENCODERS, Encoder, TiedEncoder, UntiedEncoder, pursuit_encoder
 from expander_sae.sae.sparsity import SPARSITIES, Sparsity, TopK
 from expander_sae.stored import Section, take_tensor
@@ -33,7 +33,8 @@ class SAE(nn.Module):
         sparsity: who selects.
         metadata: anything that is JSON: stored with the weights and kept on every round trip. The program itself uses
             ``trained_on``, ``training`` and ``metrics``, shown on the model card.
-        certificate: a certificate of the dictionary, stored likewise.
+        certificate: a certificate of the dictionary (:mod:`expander_sae.theory`) as a dictionary, stored likewise as
+            long as the dictionary is the one certified: after training on it is not, and is left out.
 
     Raises:
         ValueError: an encoder that cannot serve the rule.
@@ -165,7 +166,8 @@ class SAE(nn.Module):
         rule = TopK(self.d_sae, self.k if k is None else k)
         # Metrics were measured under another encoder.
         metadata = {key: self.metadata[key] for key in self.metadata if key != "metrics"}
-        other = SAE(self.dictionary, pursuit_encoder(solver, options), rule, metadata, self.certificate)
+        certificate = certified.under_another_encoder(self.certificate)
+        other = SAE(self.dictionary, pursuit_encoder(solver, options), rule, metadata, certificate)
         other.b_dec = self.b_dec
         return other.train(self.training)
 
@@ -228,14 +230,13 @@ class SAE(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` holds beside format, file hashes and its own hash (docs/formats.md)."""
-        certificate = {} if self.certificate is None else {"certificate": self.certificate}
         return {
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dictionary": self.dictionary.config(),
             "encoder": self.encoder.config(),
             "sparsity": self.sparsity.config(),
-            **certificate,
+            **certified.current(self.certificate, self.dictionary),
             "signed": self.signed,
             "num_values": self.num_values,
             "num_bytes": self.num_bytes,
@@ -258,11 +259,11 @@ class SAE(nn.Module):
         encoder = part.kind(ENCODERS).from_config(part, _named(tensors, "encoder."), dictionary)
         part = whole.section("sparsity")
         sparsity = part.kind(SPARSITIES).from_config(part, _named(tensors, "sparsity."), d_sae)
-        certificate = whole.mapping("certificate") if "certificate" in whole else None
+        stored = whole.mapping("certificate") if "certificate" in whole else None
+        certificate = certified.checked(stored, dictionary)
         sae = cls(dictionary, encoder, sparsity, whole.mapping("metadata"), certificate)
         sae.b_dec = nn.Parameter(b_dec)
-        stored = sae._stored_tensors()
-        if extra := sorted(tensors.keys() - stored.keys()):
+        if extra := sorted(tensors.keys() - sae._stored_tensors().keys()):
             raise ValueError(f"the tensor {extra[0]!r} belongs to no part of this SAE")
         return sae.eval()
 

@@ -66,6 +66,7 @@ class Trainer:
             )
         source.batches(config.batch_size, config.seed)  # refuses what it cannot deliver
         self.sae, self.source, self.config = sae, source, config
+        sae.certificate = None  # it is of the dictionary that was
         self.device = sae.b_dec.device
         self.scale = 1.0
         self.variance = 0.0
