@@ -19,7 +19,7 @@ def test_the_largest_entries_of_each_column_are_kept() -> None:
 
 def test_no_projection_onto_as_few_entries_is_nearer() -> None:
     dense = torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
-    mask, kept = prune(DenseMatrix(dense), 3)
+    _, kept = prune(DenseMatrix(dense), 3)
     lost = dense.square().sum(dim=1) - kept.square().sum(dim=1)
     for seed in range(50):
         other = torch.rand(20, 9, generator=torch.Generator().manual_seed(seed)).topk(3, dim=1).indices
