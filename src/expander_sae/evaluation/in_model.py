@@ -131,8 +131,8 @@ def evaluate_in_model(
 
     Raises:
         ValueError: an SAE of another width, a rotation that is not orthogonal, no windows, windows of several lengths,
-            shorter than two tokens or longer than the model's context, SAEs of several hooks; :class:`MismatchError` where they were trained on another
-            model or site.
+            shorter than two tokens or longer than the model's context, SAEs of several hooks; :class:`MismatchError`
+            where they were trained on another model or site.
     """
     if not windows or windows[0].shape[0] < 2:
         raise ValueError("evaluation needs at least one window of at least two tokens")
