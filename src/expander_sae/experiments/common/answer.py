@@ -1,0 +1,120 @@
+"""The answer of ``reproduce controls`` in words, made from its rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from expander_sae.experiments.common.paired import holm, paired
+from expander_sae.experiments.common.supports import REFERENCE
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "More even or less overlapping supports than random ones (expansion)": ("balanced", "reed-solomon"),
+    "Fewer, local or lopsided supports (diversity)": ("clustered", "shared", "banded", "hub"),
+    "Supports chosen by the data": ("weighted", "learned"),
+    "Another basis": ("random-basis", "pca-basis", "pca-basis-weighted"),
+}
+"""What each group of arms asks, in the words of the answer."""
+SURE = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """How an arm's FVU compares with the reference's, over presets and degrees.
+
+    Attributes:
+        share: mean relative change, ``-.1`` for a tenth less.
+        least, most: the extremes over presets and degrees, each a mean over seeds.
+        p: of the paired t-test over seeds, corrected for the number of arms.
+    """
+
+    share: float
+    least: float
+    most: float
+    p: float | None
+
+    def __str__(self) -> str:
+        p = "" if self.p is None else f", p {self.p:.3f}"
+        return f"{self.share:+.1%} ({self.least:+.1%} to {self.most:+.1%}{p})"
+
+
+def changes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Change]:
+    """The change of every arm but the reference, from rows with ``by_seed``.
+
+    For each seed the logarithms of the ratios are averaged over the presets and degrees that the arm has; the test is
+    over the seeds, which are what is independent.
+    """
+    found: dict[str, Change] = {}
+    ps: list[float | None] = []
+    reference = {(row["preset"], row["degree"]): row["by_seed"] for row in rows if row["name"] == REFERENCE}
+    for name in dict.fromkeys(row["name"] for row in rows if row["name"] != REFERENCE):
+        logs: dict[int, list[float]] = {}
+        by_place: list[float] = []
+        for row in rows:
+            if row["name"] != name:
+                continue
+            base = reference[row["preset"], row["degree"]]
+            ratios = {int(s): math.log(one["fvu"] / base[s]["fvu"]) for s, one in row["by_seed"].items() if s in base}
+            by_place.append(statistics.fmean(ratios.values()))
+            for seed, ratio in ratios.items():
+                logs.setdefault(seed, []).append(ratio)
+        means = {seed: statistics.fmean(ratios) for seed, ratios in logs.items()}
+        test = paired(means, dict.fromkeys(means, 0.0))
+        ps.append(test.p)
+        found[name] = Change(math.expm1(test.mean), math.expm1(min(by_place)), math.expm1(max(by_place)), test.p)
+    corrected = holm(ps)
+    return {
+        name: Change(change.share, change.least, change.most, p)
+        for (name, change), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def answer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One paragraph: what each group of arms changes, what is sure of it, and which matters most."""
+    found = changes(rows)
+    parts, sizes = [], {}
+    for question, names in QUESTIONS.items():
+        there = {name: found[name] for name in names if name in found}
+        if not there:
+            continue
+        sizes[question] = max(abs(math.log1p(change.share)) for change in there.values())
+        listed = ", ".join(f"{name} {change}" for name, change in there.items())
+        parts.append(f"{question}: {listed}; {_verdict(there)}.")
+    if not sizes:
+        return "There is no arm to compare with left-regular masks."
+    order = sorted(sizes, key=lambda question: -sizes[question])
+    ranking = "; ".join(f"{question[0].lower()}{question[1:]}, {math.expm1(sizes[question]):.0%}" for question in order)
+    return (
+        "Change of FVU against left-regular masks, same seeds, mean over presets and degrees (range over them; p "
+        f"corrected): {' '.join(parts)} By the largest change in each group: {ranking}.{_rank_of_overlap(rows)}"
+    )
+
+
+def _verdict(group: Mapping[str, Change]) -> str:
+    sure = [name for name, change in group.items() if change.p is not None and change.p < SURE]
+    better = [name for name in sure if group[name].share < 0]
+    worse = [name for name in sure if group[name].share > 0]
+    said = [f"{' and '.join(names)} {word}" for names, word in ((better, "better"), (worse, "worse")) if names]
+    return f"surely {', '.join(said)}" if said else "no change that these seeds make sure of"
+
+
+def _rank_of_overlap(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether FVU follows the shared rows of two columns, among masks in the model's own coordinates."""
+    inside = {REFERENCE, *(name for group in list(QUESTIONS)[:2] for name in QUESTIONS[group])}
+    ranks = []
+    for place in dict.fromkeys((row["preset"], row["degree"]) for row in rows):
+        here = [row for row in rows if (row["preset"], row["degree"]) == place and row["name"] in inside]
+        if len(here) >= 4 and len({row["overlap_mean"] for row in here}) > 1:
+            ranks.append(float(spearmanr([row["overlap_mean"] for row in here], [row["fvu"] for row in here])[0]))
+    if not ranks:
+        return ""
+    return (
+        " Among masks that ask nothing of the data the rank correlation of FVU with the mean number of rows that two "
+        f"columns share is {statistics.fmean(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f} over presets and "
+        "degrees)."
+    )
