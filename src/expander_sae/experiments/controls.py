@@ -19,9 +19,17 @@ from expander_sae.experiments.common.results import Finding
 from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import over_seeds, without_seeds
 from expander_sae.experiments.common.subject import Subject, sae_hash
-from expander_sae.experiments.common.supports import ARMS, LEARNED, REFERENCE, Supports, refusal
+from expander_sae.experiments.common.supports import (
+    ARMS,
+    LEARNED,
+    REFERENCE,
+    Supports,
+    arm_named,
+    not_to_be_had,
+    published_rows,
+    refusal,
+)
 from expander_sae.experiments.registry import Experiment, register
-from expander_sae.registry import unknown
 from expander_sae.report import picture
 from expander_sae.report.table import DASH, Column, number, spread, text
 from expander_sae.sae import SAE
@@ -101,8 +109,7 @@ class ControlsSettings:
 
     def __post_init__(self) -> None:
         for name in (*self.arms, *self.costly_arms):
-            if name not in ARMS:
-                raise ValueError(unknown("arm", name, ARMS))
+            arm_named(name)
         if REFERENCE not in self.arms:
             raise ValueError(f"arms must name {REFERENCE!r}: the others are compared with it")
         if self.steps.keys() != self.batch_sizes.keys():
@@ -163,7 +170,8 @@ def run_controls(settings: ControlsSettings, out: Path) -> Finding:
             rows.append(facts | cells.get(key, one, lambda key=key: sae_hash(out / key)))
     table = compared(rows)
     notes = _notes(settings, subject, table, refused)
-    return Finding(table + _published(), f"The same SAE on other supports, {subject}", notes)
+    theirs = [row | {"preset": "paper"} for row in published_rows(published.controls())]
+    return Finding(table + theirs, f"The same SAE on other supports, {subject}", notes)
 
 
 def measure(subject: Subject, supports: Supports, sae: SAE, facts: dict[str, Any], windows: int) -> dict[str, Any]:
@@ -223,14 +231,6 @@ def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return (first["preset"], first["degree"]) == (second["preset"], second["degree"])
 
 
-def _published() -> list[dict[str, Any]]:
-    """The paper's figures as rows, its names for the masks, by its recipe."""
-    return [
-        row | {"name": f"the paper's {published.MASKS[row['mask']]}", "preset": "paper", "published": True}
-        for row in published.controls()
-    ]
-
-
 def _notes(
     settings: ControlsSettings, subject: Subject, table: Sequence[dict[str, Any]], refused: dict[str, str]
 ) -> list[str]:
@@ -262,8 +262,7 @@ def _notes(
             f"From d = {settings.costly_degree} on pursuits train {', '.join(settings.costly_arms)} only, for "
             f"{settings.costly_steps} steps."
         )
-    if refused:
-        notes.append("Not to be had: " + "; ".join(f"{name}: {why}" for name, why in refused.items()) + ".")
+    notes += not_to_be_had(refused)
     notes.append(
         f"The last rows are the paper's own figures (arXiv 2607.01799; {published.WHERE}), on another model and with "
         "CE by another convention: compare differences between its rows, not its rows with ours."

@@ -23,7 +23,7 @@ from expander_sae.experiments.common import published
 from expander_sae.experiments.common.planted import random_code, random_matrix, wilson
 from expander_sae.experiments.common.results import Finding
 from expander_sae.experiments.common.resume import Cells
-from expander_sae.experiments.common.supports import refusal
+from expander_sae.experiments.common.supports import not_to_be_had, refusal
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.progress import progress
@@ -114,14 +114,15 @@ def run_synthetic(settings: SyntheticSettings, out: Path) -> Finding:
     cells = Cells(out, {name: value for name, value in asdict(settings).items() if name not in varied})
     sizes = [(PAPERS, degree) for degree in dict.fromkeys((*settings.degrees, *settings.mask_degrees))]
     sizes += [(mask, degree) for mask in settings.masks for degree in settings.mask_degrees]
-    rows, refused = [], []
+    rows: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
     with progress("Planted codes", len(sizes) * len(settings.seeds), "mask") as advance:
         for kind, degree in sizes:
             found: dict[tuple[float, int], list[dict[str, Any]]] = {}
             certified: list[int] = []
             why = refusal(kind, settings.d_in, settings.d_sae, degree)
             if why is not None:
-                refused.append(f"{kind} at d = {degree}: {why}")
+                refused[f"{kind} at d = {degree}"] = why
             for seed in settings.seeds if why is None else ():
                 _on_one_mask(settings, cells, kind, degree, seed, found, certified)
                 advance(1, note=f"{kind} d={degree}")
@@ -133,9 +134,8 @@ def run_synthetic(settings: SyntheticSettings, out: Path) -> Finding:
         "of the problems, and at every smaller one. Certified: the largest k with μ₁(k) + μ₁(k-1) < 1, at which it "
         "always does without noise; the least over the masks.",
         _compared(rows),
+        *not_to_be_had(refused),
     ]
-    if refused:
-        notes.append("Not to be had: " + "; ".join(refused) + ".")
     return Finding(rows, "Planted codes found by OMP", notes)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from expander_sae.data import ActivationSource, RotatedSource, principal_axes, random_rotation, rotated
-from expander_sae.experiments.common.subject import trained
+from expander_sae.experiments.common.published import MASKS
+from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.mask import CONSTRUCTIONS, Mask
+from expander_sae.registry import unknown
 from expander_sae.sae import SAE, pruned
 
 LEARNED = "learned"
@@ -119,3 +121,82 @@ class Supports:
     def dense_name(preset: str, seed: int) -> str:
         """Folder of the dense SAE that learned supports are taken from."""
         return f"dense-{preset}-seed{seed}"
+
+
+class TrainingSettings(Protocol):
+    """Settings of an experiment that trains SAEs on some arms with one preset."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def masks(self) -> tuple[str, ...]: ...
+    @property
+    def degrees(self) -> tuple[int, ...]: ...
+    @property
+    def preset(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+
+class TrainedArms:
+    """The SAEs of an experiment with one preset: every arm named in ``settings.masks``, degree and seed."""
+
+    def __init__(self, subject: Subject, settings: TrainingSettings, out: Path) -> None:
+        store = subject.activations(settings.tokens)
+        self.settings, self.d_in = settings, store.d_in
+        training = {settings.preset: {"steps": settings.steps, "batch_size": settings.batch_size}}
+        self._supports = Supports(store, out, settings.d_sae, settings.k, training)
+
+    def _why_not(self, name: str, degree: int) -> str | None:
+        mask = arm_named(name).mask
+        return None if mask == LEARNED else refusal(mask, self.d_in, self.settings.d_sae, degree)
+
+    def runs(self) -> list[tuple[str, int, int]]:
+        """Every ``(name, degree, seed)`` for which there are such supports."""
+        names, degrees, seeds = self.settings.masks, self.settings.degrees, self.settings.seeds
+        there = [(name, degree) for name in names for degree in degrees if self._why_not(name, degree) is None]
+        return [(name, degree, seed) for name, degree in there for seed in seeds]
+
+    def refused(self) -> list[str]:
+        """What is not to be had, in a sentence, if anything."""
+        asked = [(name, degree) for name in self.settings.masks for degree in self.settings.degrees]
+        reasons = {f"{name} at d = {degree}": self._why_not(name, degree) for name, degree in asked}
+        return not_to_be_had({name: why for name, why in reasons.items() if why is not None})
+
+    def folder(self, name: str, degree: int, seed: int) -> str:
+        """Of the SAE, within the experiment's."""
+        return f"{name}-d{degree}-seed{seed}"
+
+    def sae(self, name: str, degree: int, seed: int) -> SAE:
+        """The SAE, trained if it is not yet."""
+        folder = self.folder(name, degree, seed)
+        return self._supports.sae(folder, arm_named(name), self.settings.preset, degree, seed)
+
+    def sha256(self, folder: str) -> str | None:
+        """Of the SAE in ``folder``; ``None`` if there is none."""
+        return sae_hash(self._supports.out / folder)
+
+
+def arm_named(name: str) -> Arm:
+    """The arm. Raises ``ValueError`` with the choices if there is none."""
+    if name not in ARMS:
+        raise ValueError(unknown("arm", name, ARMS))
+    return ARMS[name]
+
+
+def not_to_be_had(refused: Mapping[str, str]) -> list[str]:
+    """A paragraph on masks that do not exist at a size, if there are some."""
+    return ["Not to be had: " + "; ".join(f"{name}: {why}" for name, why in refused.items()) + "."] if refused else []
+
+
+def published_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the paper's figures under its names for the SAEs, marked ``published``."""
+    return [dict(row) | {"name": f"the paper's {MASKS[row['mask']]}", "published": True} for row in rows]
