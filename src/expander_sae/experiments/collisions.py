@@ -104,10 +104,10 @@ def run_collisions(settings: CollisionsSettings, out: Path) -> Finding:
         rows += [facts | {"reading": reading} | figures for reading, figures in found.items()]
     table = over_seeds(rows, ("name", "degree", "reading"), FIGURES)
     notes = [
-        f"Means over {len(h):,} held-out activations and {len(settings.seeds)} seeds (±: over seeds); "
-        f"k = {settings.k}, {settings.steps:,} steps of {settings.batch_size} with `{settings.preset}`; codes are signed. Deficit: "
-        "1 - rows touched / edges. At random: as many columns drawn uniformly for each token, and drawn in proportion "
-        "to how often each fires on these activations.",
+        f"Means over {len(h):,} held-out activations and {len(settings.seeds)} seeds (±: over seeds); k = "
+        f"{settings.k}, {settings.steps:,} steps of {settings.batch_size} with `{settings.preset}`; signed codes. "
+        "Deficit: 1 - rows touched / edges. At random: as many columns drawn uniformly for each token, and drawn in "
+        "proportion to how often each fires on these activations.",
         *_compared(table),
         *arms.refused(),
         f"The last rows are the paper's (arXiv 2607.01799; {published.WHERE}).",

@@ -31,7 +31,7 @@ from expander_sae.experiments.common.supports import (
 )
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.report import picture
-from expander_sae.report.table import DASH, Column, number, spread, text
+from expander_sae.report.table import DASH, Column, Row, number, spread, text
 from expander_sae.sae import SAE
 from expander_sae.theory import coherence
 
@@ -43,7 +43,7 @@ MEASURED = tuple(f"{reading}{figure}" for reading in READINGS for figure in ("re
 FIGURES = (*MEASURED, "dead_share", "overlap_max", "overlap_mean", "rows_unused", "mu", "train_seconds")
 
 
-def _against(row: dict[str, Any]) -> str:
+def _against(row: Row) -> str:
     if row.get("fvu_against") is None:
         return DASH
     p = "" if row["fvu_p"] is None else f", p {row['fvu_p']:.3f}"
@@ -70,7 +70,7 @@ DETAILS = (
 )
 
 
-def _pair(row: dict[str, Any], first: str, first_spec: str, second: str, second_spec: str) -> str:
+def _pair(row: Row, first: str, first_spec: str, second: str, second_spec: str) -> str:
     return f"{number(first, first_spec)(row)}, {number(second, second_spec)(row)}"
 
 
@@ -82,13 +82,13 @@ class ControlsSettings:
     """Language model whose activations are read."""
     tokens: int = 300_000
     """Activation vectors to train on."""
-    windows: int = 6
+    windows: int = 4
     """Held-out windows the SAEs are evaluated on, in the model."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Supports compared; `learned` also trains a dense SAE for each preset and seed, for as many steps."""
     degrees: tuple[int, ...] = (7, 30, 100)
     """Rows each column uses."""
-    steps: dict[str, int] = field(default_factory=lambda: {"paper-stable": 1500, "pursuit": 250})
+    steps: dict[str, int] = field(default_factory=lambda: {"paper-stable": 2000, "pursuit": 250})
     """Steps of every training, by preset. `paper-stable` is the paper's recipe but for `b_dec`, which starts at the
     mean: from zero it cannot reach the mean of this model's activations, the less so the fewer coordinates the mean
     lies on, and bases would be compared by that."""
@@ -176,7 +176,9 @@ def run_controls(settings: ControlsSettings, out: Path) -> Finding:
 
 def measure(subject: Subject, supports: Supports, sae: SAE, facts: dict[str, Any], windows: int) -> dict[str, Any]:
     """Figures of one SAE: in the model under its own encoder and both OMPs, and of its supports."""
-    readers = {"": sae, "signed_omp_": sae.with_encoder("omp", signed=True), "omp_": sae.with_encoder("omp")}
+    readers = {"": sae, "signed_omp_": sae.with_encoder("omp", signed=True)}
+    if sae.encoder.ranks_features:  # a pursuit that refits is as good as OMP by magnitude already
+        readers["omp_"] = sae.with_encoder("omp")
     rotation = supports.rotation(ARMS[facts["name"]], facts["seed"])
     found = subject.read(readers, windows, rotation)
     row: dict[str, Any] = {}
@@ -283,10 +285,10 @@ def plot_controls(rows: Sequence[dict[str, Any]], title: str) -> Figure:
             panel = {row["name"]: row for row in rows if (row["preset"], row["degree"]) == (preset, degree)}
             for number_, (key, label) in enumerate((("fvu", "own encoder"), ("signed_omp_fvu", "OMP (signed)"))):
                 look = picture.style(number_)
-                at = [(row[key], names.index(name), row.get(f"{key}_sd") or 0.0) for name, row in panel.items()]
-                for place, (x, y, sd) in enumerate(at):
-                    shown = label if place == 0 else None
-                    axes.errorbar(x, y, xerr=sd, label=shown, **look.points(hollow=number_ == 1))
+                at = [(row[key], names.index(name)) for name, row in panel.items()]
+                axes.plot(*zip(*at, strict=True), label=label, **look.points(hollow=number_ == 1))
+                spread_ = [row.get(f"{key}_sd") or 0.0 for row in panel.values()]
+                axes.errorbar(*zip(*at, strict=True), xerr=spread_, fmt="none", ecolor=look.colour)
                 axes.axvline(panel[REFERENCE][key], color=look.colour, ls=look.dash, lw=0.8)
             axes.set_yticks(range(len(names)), names)
             axes.set_ylim(len(names) - 0.5, -0.5)

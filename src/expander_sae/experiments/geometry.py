@@ -7,7 +7,7 @@ The paper's ``ε`` are the worst sets that a search found: the lower ends, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from expander_sae.experiments.common.subject import Subject
 from expander_sae.experiments.common.supports import TrainedArms, published_rows
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.report import picture
-from expander_sae.report.table import DASH, Column, number, spread
+from expander_sae.report.table import DASH, Column, Row, number, spread
 from expander_sae.sae import SAE
 from expander_sae.theory import certify, flatness
 
@@ -35,15 +35,15 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _ends(name: str, spec: str) -> Any:
-    def show(row: dict[str, Any]) -> str:
+def _ends(name: str, spec: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
         lower, upper = (number(f"{name}_{end}", spec)(row) for end in ("lower", "upper"))
         return lower if lower == upper else f"≥ {lower}" if upper == DASH else f"{lower} to {upper}"
 
     return show
 
 
-def _flatness(row: dict[str, Any]) -> str:
+def _flatness(row: Row) -> str:
     return ", ".join(number(f"beta_{name}", ".2f")(row) for name in ("median", "95", "max"))
 
 
@@ -123,8 +123,8 @@ def run_geometry(settings: GeometrySettings, out: Path) -> Finding:
     notes = [
         f"Means over {len(settings.seeds)} seeds; k = {settings.k}; {settings.steps:,} steps of "
         f"{settings.batch_size} with `{settings.preset}`, signed codes. β: √d times the largest entry of a unit "
-        "column, between 1 (flat) and √d (one coordinate). Where an ε or a ratio R is not exact both ends stand: no set "
-        "is worse than the upper, some set is as bad as the lower.",
+        "column, between 1 (flat) and √d (one coordinate). Where an ε or a ratio R is not exact both ends stand: no "
+        "set is worse than the upper, some set is as bad as the lower.",
         _verdict(table, settings.k),
         *arms.refused(),
         f"The last rows are the paper's (arXiv 2607.01799; {published.WHERE}); its ε and R are lower ends, from the "

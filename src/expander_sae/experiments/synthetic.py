@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from expander_sae.progress import progress
 from expander_sae.pursuit import solver
 from expander_sae.registry import unknown
 from expander_sae.report import picture
-from expander_sae.report.table import DASH, Column, number, text
+from expander_sae.report.table import DASH, Column, Row, number, text
 from expander_sae.theory import coherence
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ OFTEN = 0.95
 _CERTIFIED_UP_TO = 64  # no mask of sizes of interest certifies more: it would need μ₁(64) + μ₁(63) < 1
 
 
-def _at_each_k(key: str, spec: str) -> Any:
-    def show(row: dict[str, Any]) -> str:
+def _at_each_k(key: str, spec: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
         found = [point.get(key) for point in row["points"]]
         return DASH if None in found or not found else " ".join(format(one, spec) for one in found)
 
@@ -200,8 +200,8 @@ def _row(
         "degree": degree,
         "noise": noise,
         "certified": min(certified, default=None),
-        "found": _largest(points, OFTEN),
-        "half": _largest(points, 0.5),
+        "found": largest_found(points, OFTEN),
+        "half": largest_found(points, 0.5),
         "agreement": f"{agreeing} of {len(compared)}" if compared else None,
         "points": points,
     }
@@ -229,7 +229,7 @@ def _published(settings: SyntheticSettings, kind: str, degree: int, noise: float
     return known[published.SYNTHETIC_KS.index(k)] if known and k in published.SYNTHETIC_KS else None
 
 
-def _largest(points: Sequence[dict[str, Any]], share: float) -> int | None:
+def largest_found(points: Sequence[dict[str, Any]], share: float) -> int | None:
     """The largest ``k`` up to which every point is found that often; 0 if the first is not."""
     best = 0 if points else None
     for point in points:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import spearmanr
+import torch
 
 from expander_sae.experiments.common.paired import holm, paired
 from expander_sae.experiments.common.supports import REFERENCE
+from expander_sae.theory import rank_correlation
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "More even or less overlapping supports than random ones (expansion)": ("balanced", "reed-solomon"),
@@ -109,8 +110,10 @@ def _rank_of_overlap(rows: Sequence[Mapping[str, Any]]) -> str:
     ranks = []
     for place in dict.fromkeys((row["preset"], row["degree"]) for row in rows):
         here = [row for row in rows if (row["preset"], row["degree"]) == place and row["name"] in inside]
-        if len(here) >= 4 and len({row["overlap_mean"] for row in here}) > 1:
-            ranks.append(float(spearmanr([row["overlap_mean"] for row in here], [row["fvu"] for row in here])[0]))
+        if len(here) >= 4:
+            shared, fvu = (torch.tensor([row[key] for row in here]).double() for key in ("overlap_mean", "fvu"))
+            rank = rank_correlation(shared, fvu)
+            ranks += [] if rank is None else [rank]
     if not ranks:
         return ""
     return (

@@ -39,7 +39,7 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
     if len(seeds) < 2:
         return Paired(mean, None, None, len(seeds))
     sd = statistics.stdev(differences)
-    p = float(stats.ttest_1samp(differences, 0).pvalue) if sd > 0 else None
+    p = float(stats.ttest_1samp(differences, 0)[1]) if sd > 0 else None
     return Paired(mean, sd, p, len(seeds))
 
 

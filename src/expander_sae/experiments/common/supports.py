@@ -108,8 +108,8 @@ class Supports:
         """
         rotation = self.rotation(arm, seed)
         source = self.source if rotation is None else RotatedSource(self.source, rotation)
-        shared = {"preset": preset, "seed": seed} | self.sizes | self.training[preset]
-        settings = shared | changes | {"degree": degree}
+        shared = {"preset": preset, "seed": seed, **self.sizes, **self.training[preset]}
+        settings = {**shared, **changes, "degree": degree}
         if arm.mask != LEARNED:
             drawn = {"mask": arm.mask, "mask_options": self.options(arm, seed)}
             return trained(name, settings | drawn, source, self.out)
