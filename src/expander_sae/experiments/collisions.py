@@ -20,7 +20,7 @@ from expander_sae.experiments.common.results import Finding
 from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import over_seeds, without_seeds
 from expander_sae.experiments.common.subject import Subject
-from expander_sae.experiments.common.supports import TrainedArms, published_rows
+from expander_sae.experiments.common.supports import TrainedArms, mask_of, published_rows
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import Mask
 from expander_sae.report import picture
@@ -121,7 +121,7 @@ def run_collisions(settings: CollisionsSettings, out: Path) -> Finding:
 @torch.no_grad()
 def counted(sae: SAE, h: Tensor, reading: str, seed: int) -> dict[str, float]:
     """Rows touched by the codes of ``h (B, m)``, and by as many columns drawn at random."""
-    mask: Mask = sae.dictionary.mask  # type: ignore[union-attr]
+    mask: Mask = mask_of(sae)
     code = (sae if reading == READINGS[0] else sae.with_encoder("omp")).encode(h)
     used = code.values != 0
     edges = mask.degree * used.sum(dim=1)

@@ -17,7 +17,7 @@ from expander_sae.experiments.common.results import Finding
 from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.common.seeds import over_seeds, without_seeds
 from expander_sae.experiments.common.subject import Subject
-from expander_sae.experiments.common.supports import TrainedArms, published_rows
+from expander_sae.experiments.common.supports import TrainedArms, mask_of, published_rows
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.report import picture
 from expander_sae.report.table import DASH, Column, Row, number, spread
@@ -139,7 +139,7 @@ def diagnose(sae: SAE, k: int, exact_up_to: int) -> dict[str, Any]:
     beta = flatness(sae.dictionary.matrix())
     assert beta is not None, "an SAE on a mask has sparse columns"
     beta = beta[~beta.isnan()]
-    use = sae.dictionary.mask.row_degrees()  # type: ignore[union-attr]
+    use = mask_of(sae).row_degrees()
     row: dict[str, Any] = {
         "beta_median": float(beta.median()),
         "beta_95": float(beta.quantile(0.95)),
@@ -190,8 +190,9 @@ def plot_geometry(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         for place, name in enumerate(names):
             here = sorted((row["degree"], row[key]) for row in rows if row["name"] == name and row.get(key) is not None)
             if here:
-                face = {"markerfacecolor": "white"} if name.startswith("the paper") else {}
-                axes.plot(*zip(*here, strict=True), label=name, **picture.style(place).line(), **face)
+                look = picture.style(place).line()
+                look |= {"markerfacecolor": "white"} if name.startswith("the paper") else {}
+                axes.plot(*zip(*here, strict=True), label=name, **look)
         if key.startswith("r_"):
             axes.axhline(1, color="0.4", lw=0.8)
             axes.set_yscale("log")

@@ -81,7 +81,9 @@ class SyntheticSettings:
     """Columns ``n``."""
     degrees: tuple[int, ...] = (7, 30, 50, 100, 200)
     """Rows each column uses, on left-regular masks."""
-    masks: tuple[str, ...] = ("balanced", "reed-solomon", "gf2", "clustered", "shared", "banded", "hub", "weighted")
+    masks: tuple[str, ...] = (
+        "balanced", "reed-solomon", "gf2", "clustered", "shared", "banded", "hub", "bernoulli", "weighted",
+    )  # fmt: skip
     """Other kinds of masks, at `mask_degrees`; one that does not exist at a size has no figures."""
     mask_degrees: tuple[int, ...] = (7, 8, 16, 30)
     """Rows each column uses, on the other masks and again on left-regular ones."""
@@ -219,8 +221,9 @@ def _point(
     theirs = _published(settings, kind, degree, noise, k)
     if theirs is None:
         return point
-    p = fisher_exact([[successes, trials - successes], [theirs[0], theirs[1] - theirs[0]]])[1]
-    return point | {"paper_rate": theirs[0] / theirs[1], "p": float(p), "agrees": "yes" if p >= LEVEL else "no"}
+    test: Any = fisher_exact([[successes, trials - successes], [theirs[0], theirs[1] - theirs[0]]])
+    p = float(test.pvalue)
+    return point | {"paper_rate": theirs[0] / theirs[1], "p": p, "agrees": "yes" if p >= LEVEL else "no"}
 
 
 def _published(settings: SyntheticSettings, kind: str, degree: int, noise: float, k: int) -> tuple[int, int] | None:

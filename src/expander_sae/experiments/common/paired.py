@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -39,8 +40,10 @@ def paired(arm: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
     if len(seeds) < 2:
         return Paired(mean, None, None, len(seeds))
     sd = statistics.stdev(differences)
-    p = float(stats.ttest_1samp(differences, 0)[1]) if sd > 0 else None
-    return Paired(mean, sd, p, len(seeds))
+    if sd == 0:
+        return Paired(mean, sd, None, len(seeds))
+    test: Any = stats.ttest_1samp(differences, 0)
+    return Paired(mean, sd, float(test.pvalue), len(seeds))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

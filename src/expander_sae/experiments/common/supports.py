@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from expander_sae.data import ActivationSource, RotatedSource, principal_axes, random_rotation, rotated
+from expander_sae.dictionary import ExpanderDictionary
 from expander_sae.experiments.common.published import MASKS
 from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.mask import CONSTRUCTIONS, Mask
@@ -44,6 +45,7 @@ ARMS: dict[str, Arm] = {
     "shared": Arm("shared"),
     "banded": Arm("banded"),
     "hub": Arm("hub"),
+    "bernoulli": Arm("bernoulli"),
     "weighted": Arm("weighted"),
     "learned": Arm(LEARNED),
     "random-basis": Arm("left-regular", "random"),
@@ -183,6 +185,13 @@ class TrainedArms:
     def sha256(self, folder: str) -> str | None:
         """Of the SAE in ``folder``; ``None`` if there is none."""
         return sae_hash(self._supports.out / folder)
+
+
+def mask_of(sae: SAE) -> Mask:
+    """The mask of an SAE of this module. Raises ``TypeError`` for one that is not on a mask."""
+    if not isinstance(sae.dictionary, ExpanderDictionary):
+        raise TypeError(f"the SAE is not on a mask: its dictionary is {sae.dictionary.kind!r}")
+    return sae.dictionary.mask
 
 
 def arm_named(name: str) -> Arm:
