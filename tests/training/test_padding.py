@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
+from torch import Tensor
 
 from expander_sae import pursuit
 from expander_sae.data import TensorSource

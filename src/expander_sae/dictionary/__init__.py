@@ -12,6 +12,7 @@ from expander_sae.dictionary.dictionary import (
     smallest_unsigned,
 )
 from expander_sae.dictionary.matrix import DenseMatrix, ExpanderMatrix, Matrix
+from expander_sae.dictionary.pruning import prune
 from expander_sae.dictionary.unit import unit_rows
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RotatedMatrix",
     "basis_from",
     "dictionary_from",
+    "prune",
     "smallest_unsigned",
     "unit_rows",
 ]

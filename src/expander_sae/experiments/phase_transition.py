@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from scipy.special import expit, log_expit
 from torch import Tensor
 
 from expander_sae import files
-from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, Matrix
+from expander_sae.dictionary import DenseDictionary, Matrix
+from expander_sae.experiments.common.planted import Coefficients, Values, random_code, random_matrix, wilson
 from expander_sae.experiments.common.results import Finding
 from expander_sae.experiments.common.resume import Cells
 from expander_sae.experiments.registry import Experiment, register
@@ -58,9 +59,9 @@ class PhaseSettings:
     """Kind of mask; `dense` is none: independent Gaussian entries."""
     degree: int = 7
     """Rows each column uses."""
-    values: Literal["flat", "gaussian", "binary"] = "flat"
+    values: Values = "flat"
     """Of the columns, which have unit norm: `flat` is random signs, `binary` all equal."""
-    coefficients: Literal["gaussian", "signs"] = "gaussian"
+    coefficients: Coefficients = "gaussian"
     """Of the planted code; `signs` is ±1."""
     n: int = 1024
     """Columns; `m` and `k` follow from `δ = m/n` and `ρ = k/m`."""
@@ -192,22 +193,11 @@ def planted(settings: PhaseSettings, m: int, k: int, count: int, seed: int) -> t
         matrix: Matrix = DenseDictionary.random(m, settings.n, generator=generator).core().detach()
     else:
         mask = Mask.build(settings.mask, d_in=m, d_sae=settings.n, degree=settings.degree, seed=seed)
-        values = torch.randn(mask.rows.shape, generator=generator)
-        values = {"flat": values.sign(), "gaussian": values, "binary": torch.ones_like(values)}[settings.values]
-        matrix = ExpanderDictionary(mask, values).core().detach()
-    features = torch.rand(count, settings.n, generator=generator).topk(k, dim=1).indices.to(torch.int32)
-    amounts = torch.randn(count, k, generator=generator)
-    code = SparseCode(features, amounts.sign() if settings.coefficients == "signs" else amounts)
+        matrix = random_matrix(mask, settings.values, generator)
+    code = random_code(settings.n, k, count, settings.coefficients, generator)
     h = matrix.decode(code)
     noise = torch.randn(h.shape, generator=generator)
     return matrix, code, h + settings.noise * h.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927); ``z = 1.96`` for 95 %."""
-    centre = (successes + z * z / 2) / (trials + z * z)
-    half = z * math.sqrt(successes * (trials - successes) / trials + z * z / 4) / (trials + z * z)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def fit_transition(rhos: Sequence[float], successes: Sequence[int], trials: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from expander_sae.sae.config import SAEConfig
 from expander_sae.sae.encoder import ENCODERS, Encoder, PursuitEncoder, TiedEncoder, UnrolledPursuit, UntiedEncoder
 from expander_sae.sae.folder import SAEFolderError
 from expander_sae.sae.hub import HubError
+from expander_sae.sae.pruning import pruned
 from expander_sae.sae.sae import SAE
 from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Sparsity, TopK
 
@@ -24,4 +25,5 @@ __all__ = [
     "TopK",
     "UnrolledPursuit",
     "UntiedEncoder",
+    "pruned",
 ]

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from expander_sae import lm as language
-from expander_sae.data import MANIFEST, ActivationStore
-from expander_sae.evaluation import SharedPasses, evaluation_rows
+from expander_sae.data import MANIFEST, ActivationSource, ActivationStore
+from expander_sae.evaluation import InModel, SharedPasses, evaluate_in_model, evaluation_rows
 from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
 from expander_sae.sae.folder import CONFIG_NAME, read_config
@@ -79,6 +79,12 @@ class Subject:
         """``count`` held-out windows of :data:`WINDOW` tokens."""
         return list(language.sample_windows(self.lm.tokenizer, self.text, "heldout", WINDOW, count))
 
+    def read(self, readers: Mapping[str, SAE], windows: int, rotation: Tensor | None = None) -> dict[str, InModel]:
+        """:func:`~expander_sae.evaluation.evaluate_in_model` on so many held-out windows, sharing likewise."""
+        return evaluate_in_model(
+            readers, self.lm, self.windows(windows), self.layer, shared=self.passes, rotation=rotation
+        )
+
     def evaluate(self, saes: Mapping[str, SAE], windows: int) -> list[dict[str, Any]]:
         """Rows of :func:`~expander_sae.evaluation.evaluation_rows` on so many held-out windows, in the model.
 
@@ -87,11 +93,16 @@ class Subject:
         return evaluation_rows(saes, self.lm, self.windows(windows), self.layer, shared=self.passes)
 
 
-def trained(name: str, settings: Mapping[str, Any], store: ActivationStore, out: Path) -> SAE:
-    """The SAE ``name``, trained into ``out/name``, continued there, or taken as it is if it is finished."""
+def trained(
+    name: str, settings: Mapping[str, Any], source: ActivationSource, out: Path, start: SAE | None = None
+) -> SAE:
+    """The SAE ``name``, trained into ``out/name``, continued there, or taken as it is if it is finished.
+
+    ``start``: train this one further instead of a fresh one; what the settings say of the SAE is not asked then.
+    """
     recipe = resolve(settings)
-    sae = build_sae(recipe.sae, store)
-    train(sae, store, recipe.train, out / name, recipe=recipe, description=f"Train {name}")
+    sae = build_sae(recipe.sae, source) if start is None else start
+    train(sae, source, recipe.train, out / name, recipe=recipe, description=f"Train {name}")
     return sae
 
 

@@ -1,0 +1,211 @@
+"""Arms that differ in the supports of the columns, or in the basis they lie in, and in nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from expander_sae.data import ActivationSource, RotatedSource, principal_axes, random_rotation, rotated
+from expander_sae.dictionary import ExpanderDictionary
+from expander_sae.experiments.common.published import MASKS
+from expander_sae.experiments.common.subject import Subject, sae_hash, trained
+from expander_sae.mask import CONSTRUCTIONS, Mask
+from expander_sae.registry import unknown
+from expander_sae.sae import SAE, pruned
+
+LEARNED = "learned"
+BASIS_SAMPLE = 16_384
+"""Activations that principal axes and variances of coordinates are taken of."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose supports.
+
+    Attributes:
+        mask: a kind of mask, or :data:`LEARNED`: the largest entries of each column of a trained dense SAE.
+        basis: the coordinates that the supports are sets of: the model's own, those after a rotation drawn at random
+            (one for each seed), or the principal axes of the training activations.
+    """
+
+    mask: str
+    basis: Literal["standard", "random", "pca"] = "standard"
+
+
+ARMS: dict[str, Arm] = {
+    "left-regular": Arm("left-regular"),
+    "balanced": Arm("balanced"),
+    "reed-solomon": Arm("reed-solomon"),
+    "clustered": Arm("clustered"),
+    "shared": Arm("shared"),
+    "banded": Arm("banded"),
+    "hub": Arm("hub"),
+    "bernoulli": Arm("bernoulli"),
+    "weighted": Arm("weighted"),
+    "learned": Arm(LEARNED),
+    "random-basis": Arm("left-regular", "random"),
+    "pca-basis": Arm("left-regular", "pca"),
+    "pca-basis-weighted": Arm("weighted", "pca"),
+}
+"""By name. Weighted masks draw rows in proportion to the standard deviation of the coordinate, plus a uniform floor."""
+REFERENCE = "left-regular"
+
+
+def refusal(kind: str, d_in: int, d_sae: int, degree: int) -> str | None:
+    """Why there is no mask of that kind and size; ``None`` if there is one. Raises ``ValueError`` for no known kind."""
+    CONSTRUCTIONS[kind]
+    try:
+        Mask.build(kind, d_in=d_in, d_sae=d_sae, degree=degree)
+    except ValueError as impossible:
+        return str(impossible)
+    return None
+
+
+class Supports:
+    """SAEs of one size on any arm's supports, trained in a folder with recipes that differ in nothing else.
+
+    Args:
+        source: activations in the model's own coordinates.
+        out: the folder.
+        d_sae, k: of every SAE.
+        training: settings of every training beside preset and seed, by preset.
+    """
+
+    def __init__(
+        self, source: ActivationSource, out: Path, d_sae: int, k: int, training: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.source, self.out = source, out
+        self.sizes = {"d_sae": d_sae, "k": k}
+        self.training = training
+        sample = source.sample(min(BASIS_SAMPLE, len(source)), 0).float()
+        self._sample = sample
+        self.axes = cache(lambda: principal_axes(sample)[0])
+
+    def rotation(self, arm: Arm, seed: int) -> Tensor | None:
+        """Of the arm's basis, ``(m, m)``; ``None`` for the model's own coordinates."""
+        if arm.basis == "standard":
+            return None
+        return self.axes() if arm.basis == "pca" else random_rotation(self.source.d_in, seed)
+
+    def options(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Options of the arm's mask."""
+        if arm.mask != "weighted":
+            return {}
+        rotation = self.rotation(arm, seed)
+        sample = self._sample if rotation is None else rotated(self._sample, rotation)
+        variances = sample.double().var(dim=0)
+        # Six digits: they are kept in the recipe of the mask, as text.
+        return {"weights": [float(f"{one:.6g}") for one in (variances / variances.max()).tolist()]}
+
+    def sae(self, name: str, arm: Arm, preset: str, degree: int, seed: int, changes: Mapping[str, Any] = {}) -> SAE:
+        """The arm's SAE, trained into ``out/name``; ``changes``: to the settings of its training.
+
+        Raises:
+            ValueError: there is no such mask at this size.
+        """
+        rotation = self.rotation(arm, seed)
+        source = self.source if rotation is None else RotatedSource(self.source, rotation)
+        shared = {"preset": preset, "seed": seed, **self.sizes, **self.training[preset]}
+        settings = {**shared, **changes, "degree": degree}
+        if arm.mask != LEARNED:
+            drawn = {"mask": arm.mask, "mask_options": self.options(arm, seed)}
+            return trained(name, settings | drawn, source, self.out)
+        # One dense SAE serves all degrees, so it does not share the changes.
+        dense = trained(self.dense_name(preset, seed), shared | {"dictionary": "dense"}, source, self.out)
+        return trained(name, settings, source, self.out, start=pruned(dense, degree))
+
+    @staticmethod
+    def dense_name(preset: str, seed: int) -> str:
+        """Folder of the dense SAE that learned supports are taken from."""
+        return f"dense-{preset}-seed{seed}"
+
+
+class TrainingSettings(Protocol):
+    """Settings of an experiment that trains SAEs on some arms with one preset."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def masks(self) -> tuple[str, ...]: ...
+    @property
+    def degrees(self) -> tuple[int, ...]: ...
+    @property
+    def preset(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+
+class TrainedArms:
+    """The SAEs of an experiment with one preset: every arm named in ``settings.masks``, degree and seed."""
+
+    def __init__(self, subject: Subject, settings: TrainingSettings, out: Path) -> None:
+        store = subject.activations(settings.tokens)
+        self.settings, self.d_in = settings, store.d_in
+        training = {settings.preset: {"steps": settings.steps, "batch_size": settings.batch_size}}
+        self._supports = Supports(store, out, settings.d_sae, settings.k, training)
+
+    def _why_not(self, name: str, degree: int) -> str | None:
+        mask = arm_named(name).mask
+        return None if mask == LEARNED else refusal(mask, self.d_in, self.settings.d_sae, degree)
+
+    def runs(self) -> list[tuple[str, int, int]]:
+        """Every ``(name, degree, seed)`` for which there are such supports."""
+        names, degrees, seeds = self.settings.masks, self.settings.degrees, self.settings.seeds
+        there = [(name, degree) for name in names for degree in degrees if self._why_not(name, degree) is None]
+        return [(name, degree, seed) for name, degree in there for seed in seeds]
+
+    def refused(self) -> list[str]:
+        """What is not to be had, in a sentence, if anything."""
+        asked = [(name, degree) for name in self.settings.masks for degree in self.settings.degrees]
+        reasons = {f"{name} at d = {degree}": self._why_not(name, degree) for name, degree in asked}
+        return not_to_be_had({name: why for name, why in reasons.items() if why is not None})
+
+    def folder(self, name: str, degree: int, seed: int) -> str:
+        """Of the SAE, within the experiment's."""
+        return f"{name}-d{degree}-seed{seed}"
+
+    def sae(self, name: str, degree: int, seed: int) -> SAE:
+        """The SAE, trained if it is not yet."""
+        folder = self.folder(name, degree, seed)
+        return self._supports.sae(folder, arm_named(name), self.settings.preset, degree, seed)
+
+    def sha256(self, folder: str) -> str | None:
+        """Of the SAE in ``folder``; ``None`` if there is none."""
+        return sae_hash(self._supports.out / folder)
+
+
+def mask_of(sae: SAE) -> Mask:
+    """The mask of an SAE of this module. Raises ``TypeError`` for one that is not on a mask."""
+    if not isinstance(sae.dictionary, ExpanderDictionary):
+        raise TypeError(f"the SAE is not on a mask: its dictionary is {sae.dictionary.kind!r}")
+    return sae.dictionary.mask
+
+
+def arm_named(name: str) -> Arm:
+    """The arm. Raises ``ValueError`` with the choices if there is none."""
+    if name not in ARMS:
+        raise ValueError(unknown("arm", name, ARMS))
+    return ARMS[name]
+
+
+def not_to_be_had(refused: Mapping[str, str]) -> list[str]:
+    """A paragraph on masks that do not exist at a size, if there are some."""
+    return ["Not to be had: " + "; ".join(f"{name}: {why}" for name, why in refused.items()) + "."] if refused else []
+
+
+def published_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the paper's figures under its names for the SAEs, marked ``published``."""
+    return [dict(row) | {"name": f"the paper's {MASKS[row['mask']]}", "published": True} for row in rows]

@@ -1,0 +1,71 @@
+"""SAEs on any arm's supports: what differs between arms, and what a second run does not do again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from expander_sae.data import ActivationStore
+from expander_sae.experiments.common.supports import ARMS, LEARNED, Supports, arm_named, refusal
+from expander_sae.mask import CONSTRUCTIONS
+from expander_sae.sae import SAE
+
+TRAINING = {"paper-stable": {"steps": 6, "batch_size": 50}, "pursuit": {"steps": 4, "batch_size": 50}}
+
+
+@pytest.fixture
+def supports(tiny_store: ActivationStore, tmp_path: Path) -> Supports:
+    return Supports(tiny_store, tmp_path, d_sae=48, k=3, training=TRAINING)
+
+
+def test_every_arm_is_a_known_mask() -> None:
+    assert {arm.mask for arm in ARMS.values()} <= {*CONSTRUCTIONS, LEARNED}
+    with pytest.raises(ValueError, match="unknown arm 'lerned'; did you mean 'learned'"):
+        arm_named("lerned")
+
+
+def test_masks_that_do_not_exist() -> None:
+    assert refusal("left-regular", 32, 48, 3) is None
+    assert "reed-solomon" in str(refusal("reed-solomon", 32, 48, 20))
+    with pytest.raises(ValueError, match="unknown mask kind"):
+        refusal("lerned", 32, 48, 3)
+
+
+@pytest.mark.parametrize("name", ["left-regular", "clustered", "weighted", "learned", "random-basis"])
+def test_values_and_budget_are_the_same_in_every_arm(name: str, supports: Supports) -> None:
+    sae = supports.sae(name, ARMS[name], "pursuit", degree=3, seed=1)
+    assert (sae.num_values, sae.k, sae.encoder.kind) == (3 * 48, 3, "matching-pursuit")
+    summary = sae.metadata["training"]
+    assert (summary["steps"], summary["config"]["batch_size"], summary["config"]["seed"]) == (4, 50, 1)
+    assert ("continues" in summary) == (name == "learned"), "what came before is on record"
+
+
+def test_learned_supports_are_those_of_the_dense_sae_that_was_trained(supports: Supports) -> None:
+    sae = supports.sae("a", ARMS["learned"], "paper-stable", degree=3, seed=0, changes={"steps": 2})
+    dense = SAE.from_pretrained(supports.out / supports.dense_name("paper-stable", 0))
+    assert dense.metadata["training"]["steps"] == 6, "one dense SAE for all degrees, whatever changes"
+    assert sae.metadata["training"]["steps"] == 2
+    largest = dense.dictionary.to_dense().T.abs().topk(3, dim=1).indices.sort(dim=1).values
+    assert torch.equal(sae.dictionary.mask.rows.long(), largest)  # type: ignore[union-attr]
+    again = supports.sae("a", ARMS["learned"], "paper-stable", degree=3, seed=0, changes={"steps": 2})
+    assert torch.equal(again.dictionary.to_dense(), sae.dictionary.to_dense()), "a finished run is taken as it is"
+
+
+def test_weights_are_the_variances_in_the_arms_own_basis(supports: Supports) -> None:
+    assert supports.options(ARMS["left-regular"], 0) == {}
+    weights = {name: supports.options(ARMS[name], 0)["weights"] for name in ("weighted", "pca-basis-weighted")}
+    ranked = weights["pca-basis-weighted"]
+    assert ranked == sorted(ranked, reverse=True), "principal axes come by falling variance"
+    variances = supports.source.rows(slice(None)).double().var(dim=0)
+    assert weights["weighted"] == pytest.approx((variances / variances.max()).tolist(), rel=1e-4)
+
+
+def test_bases(supports: Supports) -> None:
+    assert supports.rotation(ARMS["left-regular"], 0) is None
+    drawn = [supports.rotation(ARMS["random-basis"], seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])  # type: ignore[arg-type]
+    assert not torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
+    axes = [supports.rotation(ARMS["pca-basis"], seed) for seed in (0, 1)]
+    assert torch.equal(axes[0], axes[1])  # type: ignore[arg-type]
