@@ -1,7 +1,7 @@
 """What our preset ``paper`` does otherwise than the paper's author, measured: one choice of his taken back at a time.
 
-``python -m benchmarks.authors_recipe STORE``, with a finished folder of activations, prints a Markdown table. The choices
-are those of github.com/rodrgo/expander-sae, ``models/training.py`` and ``models/expander.py`` (598f59a, July 2026).
+``python -m benchmarks.authors_recipe STORE OUT``, with a finished folder of activations, writes ``OUT.json`` and a table,
+``OUT.md``; interrupted, the same command continues. The choices are those of github.com/rodrgo/expander-sae, ``models/training.py`` and ``models/expander.py`` (598f59a, July 2026).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from expander_sae.data import ActivationStore
 from expander_sae.data.sources import ActivationSource, TensorSource
 from expander_sae.environment import environment
 from expander_sae.evaluation import reconstruction
+from expander_sae.experiments.common.resume import Cells
 from expander_sae.mask import Mask
 from expander_sae.report.table import Column, markdown_table, number, spread, text
 from expander_sae.sae import SAE
@@ -158,31 +159,38 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
+    parser.add_argument("out", type=Path)
     parser.add_argument("--presets", nargs="+", default=["paper", "paper-stable"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--degree", type=int, default=7)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--json", type=Path, help="write everything here, and the table beside it as Markdown")
     given = parser.parse_args(arguments)
     whole = ActivationStore.open(given.store)
     rows = whole.rows(slice(0, len(whole)))
     store, held_out = TensorSource(rows[:-HELD_OUT]), TensorSource(rows[-HELD_OUT:])
-    found = []
+    sizes = {"d_sae": given.d_sae, "degree": given.degree, "k": given.k, "steps": given.steps}
+    settings = sizes | {"trained_on": whole.origin(), "held_out": HELD_OUT}
+    cells = Cells(given.out.with_suffix(".cells"), settings)
+    found: list[dict[str, Any]] = []
     for preset in given.presets:
-        sizes = {"d_sae": given.d_sae, "degree": given.degree, "k": given.k, "steps": given.steps}
         for arm in ARMS:
             for seed in given.seeds:
-                row = measure(store, held_out, {"preset": preset, **sizes}, arm, seed)
-                found.append({"setting": preset, **row})
+                same = [row for row in found if (row["setting"], row["arm"], row["seed"]) == (preset, "ours", seed)]
+                if ARMS[arm] == Choices(patched=True) and not same[0]["empty"]:
+                    found.append(same[0] | {"arm": arm})  # there is nothing to patch
+                    continue
+
+                def run(preset: str = preset, arm: str = arm, seed: int = seed) -> dict[str, Any]:
+                    return measure(store, held_out, {"preset": preset, **sizes}, arm, seed)
+
+                found.append({"setting": preset} | cells.get(f"{preset}, {arm}, seed {seed}", run))
                 print(found[-1], file=sys.stderr, flush=True)
     print(table(found))
-    if given.json:
-        settings = {name: value for name, value in vars(given).items() if name not in ("store", "json")}
-        settings |= {"trained_on": whole.origin(), "held_out": HELD_OUT}
-        files.atomic_write_json(given.json, {"settings": settings, "environment": environment(), "rows": found})
-        files.atomic_write_bytes(given.json.with_suffix(".md"), table(found).encode())
+    result = {"settings": settings, "environment": environment(), "rows": found}
+    files.atomic_write_json(given.out.with_suffix(".json"), result)
+    files.atomic_write_bytes(given.out.with_suffix(".md"), table(found).encode())
 
 
 if __name__ == "__main__":

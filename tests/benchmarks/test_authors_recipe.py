@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.stores import folder  # noqa: F401
 from support.training import K, M, N, activations, expander, same, state
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from expander_sae.data.sources import TensorSource
 from expander_sae.mask import Mask
 from expander_sae.sae import SAE
 from expander_sae.training import TrainConfig, train
+from expander_sae.training.recipe import resolve
 
 CONFIG = TrainConfig(steps=24, batch_size=32, resample_every=8, resample_below=40, lr=1e-2, lr_final=1e-3, seed=3)
 
@@ -100,3 +103,19 @@ def test_a_patched_mask_uses_every_row_and_changes_no_more_than_it_must() -> Non
     assert empty <= int((whole.rows != mask.rows).any(dim=1).sum()) < 30
     full = Mask.build("left-regular", d_in=8, d_sae=60, degree=3, seed=0)
     assert torch.equal(patched(full, seed=0).rows, full.rows)
+
+
+def test_the_command_measures_every_arm_and_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authors_recipe, "HELD_OUT", 20)
+    sizes = ["--d-sae", "6", "--degree", "1", "--k", "2", "--steps", "2", "--seeds", "0", "1"]
+    monkeypatch.setattr(authors_recipe, "resolve", lambda given: resolve(given | {"batch_size": 10}))
+    arguments = [str(folder), str(tmp_path / "out"), "--presets", "paper", *sizes]
+    authors_recipe.main(arguments)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in authors_recipe.ARMS for seed in (0, 1)]
+    assert (tmp_path / "out.md").read_text().count("| paper |") == len(authors_recipe.ARMS)
+    monkeypatch.setattr(authors_recipe, "measure", lambda *given: pytest.fail("measured again"))
+    authors_recipe.main(arguments)
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
