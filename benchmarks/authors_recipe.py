@@ -1,7 +1,8 @@
 """What our preset ``paper`` does otherwise than the paper's author, measured: one choice of his taken back at a time.
 
-``python -m benchmarks.authors_recipe STORE OUT``, with a finished folder of activations, writes ``OUT.json`` and a table,
-``OUT.md``; interrupted, the same command continues. The choices are those of github.com/rodrgo/expander-sae, ``models/training.py`` and ``models/expander.py`` (598f59a, July 2026).
+``python -m benchmarks.authors_recipe STORE OUT``, with a finished folder of activations, writes ``OUT.json`` and a
+table, ``OUT.md``; interrupted, the same command continues. The choices are those of github.com/rodrgo/expander-sae,
+``models/training.py`` and ``models/expander.py`` (598f59a, July 2026).
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def batches(source: ActivationSource, config: TrainConfig, choices: Choices) -> 
 def train_as(choices: Choices, sae: SAE, source: ActivationSource, config: TrainConfig) -> int:
     """Train ``sae`` in place as the preset ``paper`` and its kin do, but for ``choices``; features re-aimed.
 
-    With :data:`OURS` it is :func:`expander_sae.training.train` bit for bit; with :data:`AUTHORS` his loop, given the same
-    draws (both are tested). The mask is the caller's.
+    With :data:`OURS` it is :func:`expander_sae.training.train` bit for bit, but for the guard against divergence; with
+    :data:`AUTHORS` his loop, given the same draws (both are tested). The mask is the caller's.
     """
     if config.b_dec_init == "mean":
         with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.stores import folder  # noqa: F401
+from support.stores import harvest
 from support.training import K, M, N, activations, expander, same, state
 from torch import Tensor
 
@@ -105,16 +105,17 @@ def test_a_patched_mask_uses_every_row_and_changes_no_more_than_it_must() -> Non
     assert torch.equal(patched(full, seed=0).rows, full.rows)
 
 
-def test_the_command_measures_every_arm_and_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_measures_every_arm_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harvest(tmp_path / "store")
     monkeypatch.setattr(authors_recipe, "HELD_OUT", 20)
     sizes = ["--d-sae", "6", "--degree", "1", "--k", "2", "--steps", "2", "--seeds", "0", "1"]
     monkeypatch.setattr(authors_recipe, "resolve", lambda given: resolve(given | {"batch_size": 10}))
-    arguments = [str(folder), str(tmp_path / "out"), "--presets", "paper", *sizes]
+    arguments = [str(tmp_path / "store"), str(tmp_path / "out"), "--presets", "paper", *sizes]
     authors_recipe.main(arguments)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in authors_recipe.ARMS for seed in (0, 1)]
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, seed) for arm in authors_recipe.ARMS for seed in (0, 1)
+    ]
     assert (tmp_path / "out.md").read_text().count("| paper |") == len(authors_recipe.ARMS)
     monkeypatch.setattr(authors_recipe, "measure", lambda *given: pytest.fail("measured again"))
     authors_recipe.main(arguments)

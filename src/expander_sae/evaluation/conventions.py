@@ -75,8 +75,8 @@ CONVENTIONS: dict[str, Convention] = {
         # gives them, hooks on the whole output. He also uses texts shorter than 128 tokens; here these are left out.
         Convention(
             "paper",
-            "all positions, on the beginnings of 100 documents (the paper's author); documents shorter than a window are "
-            "left out, which he uses too",
+            "all positions, on the beginnings of 100 documents (the paper's author); documents shorter than a window "
+            "are left out, which he uses too",
             replaced="all",
             guarded=False,
             window=128,

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from expander_sae.evaluation.conventions import Convention, Replaced, convention_named
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered
-from expander_sae.lm import Clean, Hook, Intervention, LanguageModel, NormGuard, Site, mismatches, special_ids, structural_ids
+from expander_sae.lm import (
+    Clean,
+    Hook,
+    Intervention,
+    LanguageModel,
+    NormGuard,
+    Site,
+    mismatches,
+    special_ids,
+    structural_ids,
+)
 from expander_sae.lm.norms import Multiple, guard_for_evaluation
 from expander_sae.progress import progress
 from expander_sae.sae import SAE

@@ -111,10 +111,10 @@ def run_presets(settings: PresetSettings, out: Path) -> Finding:
         raise ValueError(f"every training diverged; a lower lr may help. Their logs are in {out}.")
     first = measured[0]
     notes = [
-        f"Expander, n={settings.d_sae}, d={settings.degree}, k={settings.k}; every training sees {settings.trained:,} of "
-        f"{len(store):,} activation vectors, with the preset's own batch size. {first['tokens']:,} held-out positions; CE "
-        f"recovered by the convention {first['convention']}. Dead: not fired in the last 100,000 training vectors. ± is "
-        f"the deviation over {len(settings.seeds)} seeds. Trainings that diverged and were stopped, left out of the "
+        f"Expander, n={settings.d_sae}, d={settings.degree}, k={settings.k}; every training draws {settings.trained:,} "
+        f"vectors from {len(store):,}, with the preset's own batch size. {first['tokens']:,} held-out positions; CE "
+        f"recovered by the convention {first['convention']}. Dead: not fired in the last 100,000 training vectors. ± "
+        f"is the deviation over {len(settings.seeds)} seeds. Trainings that diverged and were stopped, left out of the "
         f"figures: {failed or 'none'}.",
     ]
     return Finding(table, f"Presets, {subject}", notes, also=(f"{len(rows)} SAE folders",))
