@@ -169,9 +169,10 @@ class _Loader:
                     config = AutoConfig.from_pretrained(source, **at, **code)
                 _check_quantised(source, config)
                 tokenizer = self._load_tokenizer(AutoTokenizer, source, at, code)
-                model, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source, config=config, dtype=self.dtype, output_loading_info=True, **at, **self.extra
                 )
+                model, report = loaded
         except ImportError as error:  # of code that comes with the model, or of what reads its quantised weights
             reason = str(error).strip().splitlines()
             raise ImportError(f"The language model {source} needs more than is installed: {reason[0]}") from error
@@ -204,7 +205,7 @@ class _Loader:
 
 def _check_quantised(source: str, config: Any) -> None:
     """Refuse weights quantised in a way unknown to transformers: it would read them as if they were not."""
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     how = getattr(config, "quantization_config", None)
     how = how if isinstance(how, dict) or how is None else how.to_dict()
