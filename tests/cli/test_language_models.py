@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from expander_sae.cli import app
 from expander_sae.data import ActivationStore
-from expander_sae.lm import Site, harvest_many, load_model
+from expander_sae.lm import ModelError, Site, harvest_many, load_model
 from expander_sae.mask import Mask
 from expander_sae.sae import SAE
 
@@ -133,6 +133,32 @@ def test_a_device_that_is_not_there(folder: Path, text: Path, tmp_path: Path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(run("harvest", "--model", folder, "--layer", 0, "--device", "cuda", "--out", tmp_path / "acts"),
             "sees no CUDA device")  # fmt: skip
+
+
+def test_how_a_model_is_loaded_is_the_users_choice(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = an_sae(harvested(folder, text, tmp_path / "acts", "--layer", 1), tmp_path / "sae")
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, **how: Any) -> None:
+        asked.append(how)
+        raise ModelError("no further")
+
+    monkeypatch.setattr("expander_sae.lm.load_model", load)
+    options = ("--device-map", "auto", "--quantize", "4bit", "--trust-remote-code", "--tokenizer", "other/one")
+    for command in (("harvest", "--model", folder, "--layer", 1, "--out", tmp_path / "new"), ("evaluate", sae)):
+        refused(run(*command, *options, "--model-dtype", "bfloat16"), "no further")
+        found = {key: asked[-1][key] for key in ("device_map", "quantize", "trust_remote_code", "tokenizer", "dtype")}
+        assert list(found.values()) == ["auto", "4bit", True, "other/one", "bfloat16"]
+        refused(run(*command), "no further")
+        assert (asked[-1]["device_map"], asked[-1]["quantize"], asked[-1]["trust_remote_code"]) == (None, None, False)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    command = ("harvest", "--model", tmp_path, "--layer", 1, "--out", tmp_path / "acts")
+    refused(run(*command), r"(?s)is an adapter \(LoRA, PEFT\) for owner/base.*merge_and_unload")
 
 
 # Which place

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.lm import LAYERS, VOCAB, router_state_lm, shared_keys_lm, tiny_lm, tiny_tokenizer
+from support.lm import BOS, LAYERS, VOCAB, router_state_lm, shared_keys_lm, tiny_lm, tiny_tokenizer
 from torch import Tensor
 
 from expander_sae.evaluation import (
@@ -112,7 +112,8 @@ def test_the_convention_is_named() -> None:
     with pytest.raises(ValueError, match="convention must be one of ours, paper, saelens, got 'mine'"):
         convention_named("mine")
     paper, saelens = CONVENTIONS["paper"], CONVENTIONS["saelens"]
-    assert (paper.window, paper.windows, paper.concatenate, saelens.bos) == (128, 100, False, True)
+    assert (paper.window, paper.windows, paper.concatenate) == (128, 100, False)
+    assert (saelens.window, saelens.windows, saelens.bos, saelens.separator) == (128, 160, True, "bos")
 
 
 # The norm guard
@@ -164,6 +165,30 @@ def test_special_tokens_are_left_alone_if_the_training_set_has_none() -> None:
     assert found.left_alone == 1
     assert found.ce_zero == pytest.approx(ce(lm, chosen, Site(1), keeping(kept, torch.zeros_like)), rel=1e-5)
     assert evaluate_in_model({"a": an_sae(skip_special=True)}, lm, chosen, 1, convention="paper")["a"].left_alone == 0
+
+
+def test_saelens_zeroes_special_tokens_but_neither_reconstructs_nor_predicts_from_them() -> None:
+    """As the replacement and the ablation hook of SAELens 6.54 do, and its mean over positions."""
+    lm, chosen, sae = replace(tiny_lm(), tokenizer=tiny_tokenizer(bos=True)), windows(), an_sae()
+    special = NONE.clone()
+    special[:, 0] = special[3, 4] = special[5, -1] = True
+    tokens = torch.where(special, BOS, torch.stack(chosen))
+    tokens[3, 4] = 1  # EOS
+    counted = ~special[:, :-1]
+
+    def mean(new) -> float:
+        losses = torch.nn.functional.cross_entropy(
+            splice(lm, tokens, 1, new)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        return losses[counted].mean().item()
+
+    found = evaluate_in_model({"a": sae}, lm, list(tokens), 1, convention="saelens")["a"]
+    assert found.predictions == int(counted.sum())
+    assert found.left_alone == int(special.sum())
+    assert found.reconstruction.tokens == int((~special).sum())
+    assert found.ce_clean == pytest.approx(mean(lambda h: h), rel=1e-5)
+    assert found.ce_zero == pytest.approx(mean(torch.zeros_like), rel=1e-5)
+    assert found.ce_recon == pytest.approx(mean(keeping(special, sae)), rel=1e-5)
 
 
 # The place in the model, and the model

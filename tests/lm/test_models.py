@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+
 import pytest
 import torch
 from support.lm import CONFIGS, LAYERS, tiny_lm
@@ -160,12 +163,17 @@ def test_a_folder_is_known_by_its_absolute_path(folder, tmp_path, monkeypatch):
         load_model(folder, revision="main")
 
 
-def test_a_device_map(lm, folder, tokens):
+def test_a_device_map(lm, folder, tokens, monkeypatch):
     pytest.importorskip("accelerate")
     loaded = load_model(folder, dtype="float32", device_map={"": "cpu"})
     assert torch.equal(residual(loaded, tokens, 2), residual(lm, tokens, 2))
     with pytest.raises(ValueError, match="device or device_map, not both"):
         load_model(folder, device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match="'everywhere' is no device torch knows"):
+        load_model(folder, device_map="everywhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"'cuda:0' was asked for, but torch .* sees no CUDA device"):
+        load_model(folder, device_map="cuda:0")
 
 
 def test_quantising_says_what_it_needs(folder, monkeypatch):
@@ -174,6 +182,37 @@ def test_quantising_says_what_it_needs(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="quantize 8bit needs the package bitsandbytes"):
         load_model(folder, quantize="8bit")
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, ImportError, "needs more than is installed: .*GPTQ"),
+        ({"quant_method": "mine"}, ModelError, "stored quantised by 'mine', which this version of transformers cannot"),
+    ],
+    ids=["gptq", "unknown"],
+)
+def test_a_model_stored_quantised_that_cannot_be_read_here(folder, method, error, message):
+    if find_spec("optimum") is not None and method["quant_method"] == "gptq":
+        pytest.skip("optimum is installed")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": method}))
+    with pytest.raises(error, match=f"language model .*{message}"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_that_are_missing_are_not_made_up(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = tensors.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of its weights, such as model\.layers\.0\.mlp\.down_proj\.weight"):
+        load_model(folder, device="cpu")
+    tensors["model.layers.0.mlp.down_proj.weight"] = kept[:1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="Could not load the language model"):
+        load_model(folder, device="cpu")
 
 
 def test_the_dtype_of_a_quantised_model_is_that_of_its_other_parameters():
@@ -215,8 +254,6 @@ def test_a_model_without_tokenizer(lm, tmp_path, folder):
 
 
 def test_code_that_comes_with_a_model_is_run_when_trusted(lm, folder):
-    import json
-
     settings = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mine", "auto_map": code}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.lm import BOS, WORDS, tiny_lm, tiny_tokenizer
 
-from expander_sae.lm import TextError, pack, special_ids, wants_bos
+from expander_sae.lm import TextError, pack, special_ids, structural_ids, wants_bos
 
 TEXTS = [" ".join(WORDS[:7]), "w10 w11", " ".join(WORDS[20:32])]
 IDS = [[i + 2 for i in range(7)], [12, 13], [i + 2 for i in range(20, 32)]]
@@ -38,6 +38,24 @@ def test_a_tokenizer_without_eos_leaves_nothing_between() -> None:
     assert packed.documents == 3
 
 
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (6, [[BOS, 2, 3, 4, 5, 6], [BOS, 7, 8, BOS, 12, 13], [BOS, *IDS[2][:5]], [BOS, *IDS[2][5:10]]]),
+        (9, [[BOS, *IDS[0], BOS], [BOS, 12, 13, BOS, *IDS[2][:5]]]),
+    ],
+)
+def test_bos_between_documents(window: int, expected: list[list[int]]) -> None:
+    """As SAELens 6.54 packs them (worked by hand from its `_add_tokens_to_batch`): never two in a row."""
+    texts = [TEXTS[0], "", *TEXTS[1:]]
+    packed = pack(tiny_tokenizer(bos=True), texts, window, bos=True, separator="bos")
+    assert [found.tolist() for found in packed] == expected
+    bare = pack(tiny_tokenizer(), TEXTS, 3, separator="bos")
+    assert torch.cat(list(bare)).tolist() == [*IDS[0], *IDS[1], *IDS[2]]
+    with pytest.raises(ValueError, match="separator must be 'eos' or 'bos', got 'sep'"):
+        pack(tiny_tokenizer(), TEXTS, 3, separator="sep")  # type: ignore[arg-type]
+
+
 def test_which_models_get_bos() -> None:
     assert not wants_bos(tiny_lm())  # no BOS at all
     assert not wants_bos(tiny_lm(tokenizer=tiny_tokenizer(bos=True)))  # has one, as GPT-2, and does not use it
@@ -49,6 +67,10 @@ def test_which_models_get_bos() -> None:
 def test_special_tokens() -> None:
     assert special_ids(tiny_tokenizer(bos=True)).tolist() == [0, 1, BOS]
     assert special_ids(None).tolist() == []
+    chat = tiny_tokenizer(bos=True, additional_special_tokens=["w3"])
+    assert special_ids(chat).tolist() == [0, 1, 5, BOS]
+    assert structural_ids(chat).tolist() == [1, BOS]  # neither the unknown token nor that of a chat
+    assert structural_ids(None).tolist() == []
 
 
 def test_what_cannot_be_packed() -> None:

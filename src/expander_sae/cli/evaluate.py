@@ -57,8 +57,8 @@ def evaluate(
     what the SAE's own encoder leaves on the table.
 
     Conventions: `ours` replaces every position but the first of a window and those the training data left out (norms,
-    special tokens); `paper` every position of the beginnings of 100 documents, 128 tokens each, as the paper's author;
-    `saelens` every position of windows of 128 that begin with BOS.
+    special tokens); `paper` every position of the beginnings of 100 documents of at least 128 tokens, as the paper's
+    author; `saelens` windows of 128 that begin with BOS, every position but special tokens, as `sae_lens.evals`.
     """
     from expander_sae import files
     from expander_sae import lm as language
@@ -140,7 +140,7 @@ def _recorded_revision(origins: list[dict[str, Any]], model: str) -> str | None:
     return next(iter(found)) if len(found) == 1 and is_commit(next(iter(found))) else None
 
 
-def _packing(origins: list[dict[str, Any]], how: Any, bos: bool | None, lm: Any) -> dict[str, bool]:
+def _packing(origins: list[dict[str, Any]], how: Any, bos: bool | None, lm: Any) -> dict[str, Any]:
     """How documents become windows: as told, else as the convention says, else as the training data were made."""
     from expander_sae.lm import wants_bos
 
@@ -149,4 +149,4 @@ def _packing(origins: list[dict[str, Any]], how: Any, bos: bool | None, lm: Any)
         asked = how.bos if how.bos is not None else recorded.get("bos", False if recorded else wants_bos(lm))
         bos = asked and getattr(lm.tokenizer, "bos_token_id", None) is not None
     concatenate = how.concatenate if how.concatenate is not None else recorded.get("concatenate", True)
-    return {"bos": bool(bos), "concatenate": bool(concatenate)}
+    return {"bos": bool(bos), "concatenate": bool(concatenate), "separator": how.separator}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from expander_sae.lm import Separator
+
 Replaced = Literal["all-but-first", "all"]
 
 
@@ -12,7 +14,7 @@ Replaced = Literal["all-but-first", "all"]
 class Convention:
     """One way to measure CE recovered. Rankings change with it: name the one a figure was measured by.
 
-    Every convention averages the next-token cross-entropy over all predictions of all windows, and takes
+    Every convention averages the next-token cross-entropy over the predictions of all windows, and takes
     ``(CE_zero - CE_recon) / (CE_zero - CE_clean)`` of the means.
 
     Attributes:
@@ -22,10 +24,14 @@ class Convention:
             window, which is an attention sink in most models and is in no training set here.
         guarded: leave alone the positions that the SAE's training set left out too: norms above the limit, and
             special tokens if the harvest skipped them. Position 0 is decided by ``replaced`` alone.
+        special_excluded: tokens of the tokenizer's own (BOS, EOS, padding, separator) keep their activations when the
+            others are reconstructed, though not when they are set to zero; predictions made at them are not counted.
         window, windows: how long and how many, unless told otherwise.
         spread: windows are taken evenly from the first ``spread`` times as many.
         bos: windows begin with BOS; None: as the SAE's training set was made.
-        concatenate: documents run on from one window into the next; False: each window begins one; None as above.
+        concatenate: documents run on from one window into the next; False: each window begins one, and documents that
+            fill none are left out; None as above.
+        separator: what stands between documents then.
     """
 
     name: str
@@ -35,8 +41,10 @@ class Convention:
     window: int
     windows: int
     spread: int
+    special_excluded: bool = False
     bos: bool | None = None
     concatenate: bool | None = None
+    separator: Separator = "eos"
 
     def with_replaced(self, replaced: Replaced | None) -> Convention:
         """The same with other positions replaced; the name says so.
@@ -67,7 +75,8 @@ CONVENTIONS: dict[str, Convention] = {
         # gives them, hooks on the whole output. He also uses texts shorter than 128 tokens; here these are left out.
         Convention(
             "paper",
-            "all positions, on the beginnings of 100 documents (the paper's author)",
+            "all positions, on the beginnings of 100 documents (the paper's author); documents shorter than a window "
+            "are left out, which he uses too",
             replaced="all",
             guarded=False,
             window=128,
@@ -75,17 +84,21 @@ CONVENTIONS: dict[str, Convention] = {
             spread=1,
             concatenate=False,
         ),
-        # SAELens' evals.py with the defaults of its runner: context_size 128, prepend_bos, no tokens ignored.
+        # SAELens 6.54, `python -m sae_lens.evals`: context 128, 10 batches of 16 prompts, `prepend_bos`, documents
+        # separated by BOS, and run_evals(exclude_special_tokens=True). Its training runner excludes none by default.
         Convention(
             "saelens",
-            "all positions, on windows that begin with BOS (SAELens)",
+            "all positions, special tokens zeroed but neither reconstructed nor predicted from, on windows that begin "
+            "with BOS (SAELens 6.54)",
             replaced="all",
             guarded=False,
             window=128,
-            windows=32,
-            spread=8,
+            windows=160,
+            spread=1,
+            special_excluded=True,
             bos=True,
             concatenate=True,
+            separator="bos",
         ),
     )
 }

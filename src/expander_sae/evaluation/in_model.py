@@ -15,7 +15,17 @@ from torch import Tensor
 from expander_sae.data import check_rotation, rotated
 from expander_sae.evaluation.conventions import Convention, Replaced, convention_named
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered
-from expander_sae.lm import Clean, Hook, Intervention, LanguageModel, NormGuard, Site, mismatches, special_ids
+from expander_sae.lm import (
+    Clean,
+    Hook,
+    Intervention,
+    LanguageModel,
+    NormGuard,
+    Site,
+    mismatches,
+    special_ids,
+    structural_ids,
+)
 from expander_sae.lm.norms import Multiple, guard_for_evaluation
 from expander_sae.progress import progress
 from expander_sae.sae import SAE
@@ -37,7 +47,7 @@ class InModel:
         convention: by which it was measured, see :class:`Convention`.
         replaced: ``"all-but-first"`` (position 0 keeps its value: it is an attention sink) or ``"all"``.
         left_alone: other positions that kept their value because of their norm, or as special tokens if the training
-            set has none, in all three cases.
+            set has none, in all three cases; or as special tokens that the convention does not reconstruct.
         norm_limit: norms above it were left alone; ``None``: no limit.
         norm_limit_source: where the median behind the limit comes from.
         predictions: next-token predictions the cross-entropies average over.
@@ -65,11 +75,14 @@ class InModel:
 
 @dataclass(frozen=True)
 class _Untouched:
-    """A batch of windows in the model without an SAE: what is read at the site, replaced, and predicted."""
+    """A batch of windows in the model without an SAE.
+
+    ``keep (B, T)``: positions that are reconstructed. ``counted (B, T - 1)``: those whose prediction counts.
+    """
 
     before: Clean
     keep: Tensor
-    left_alone: int
+    counted: Tensor
     ce: Mapping[str, float]
 
 
@@ -181,7 +194,9 @@ class _Run:
         self.saes, self.how, self.rotation = saes, how, rotation
         self.intervention = Intervention(lm, site)
         skip_special = how.guarded and any(origin.get("skip_special") for origin in origins.values())
-        self.special = special_ids(lm.tokenizer).to(lm.device) if skip_special else torch.empty(0, device=lm.device)
+        none = torch.empty(0, device=lm.device)
+        self.special = special_ids(lm.tokenizer).to(lm.device) if skip_special else none
+        self.excluded = structural_ids(lm.tokenizer).to(lm.device) if how.special_excluded else none
         self.guard = NormGuard(float("nan"), None, "the convention has no limit")
         if how.guarded:
             self.guard = guard_for_evaluation(origins.values(), lm, windows, site, multiple, self._calibrates)
@@ -196,31 +211,36 @@ class _Run:
         counted[:, 0] = False
         return counted
 
-    def _kept(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, int]:
-        """Which positions are replaced, bool ``(B, T)``, and how many past the first are not."""
-        keep = ~(self.guard.too_large(clean) | torch.isin(tokens, self.special.to(tokens)))
-        left_alone = int((~keep[:, 1:]).sum())
-        keep[:, 0] = self.how.replaced == "all"
-        return keep, left_alone
+    def _zeroed(self, tokens: Tensor, clean: Tensor) -> Tensor:
+        """Which positions are set to zero, bool ``(B, T)``."""
+        zeroed = ~(self.guard.too_large(clean) | torch.isin(tokens, self.special.to(tokens)))
+        zeroed[:, 0] = self.how.replaced == "all"
+        return zeroed
 
     def untouched(self, tokens: Tensor) -> _Untouched:
         """The batch ``tokens (B, T)`` without an SAE, and with zeros."""
         before = self.intervention.read(tokens)
         clean = before.activations
-        keep, left_alone = self._kept(tokens, clean)
-        zero = _with_positions(clean, keep, torch.zeros_like(clean[keep]))
-        ce = {name: self._cross_entropy(before, stream) for name, stream in (("clean", clean), ("zero", zero))}
-        return _Untouched(before, keep, left_alone, ce)
+        zeroed = self._zeroed(tokens, clean)
+        included = ~torch.isin(tokens, self.excluded.to(tokens))
+        counted = included[:, :-1]
+        zero = _with_positions(clean, zeroed, torch.zeros_like(clean[zeroed]))
+        streams = {"clean": clean, "zero": zero}
+        ce = {name: self._cross_entropy(before, counted, stream) for name, stream in streams.items()}
+        return _Untouched(before, zeroed & included, counted, ce)
 
-    def _cross_entropy(self, before: Clean, activations: Tensor) -> float:
-        return float(_cross_entropy(self.intervention.logits(before, activations), before.tokens))
+    def _cross_entropy(self, before: Clean, counted: Tensor, activations: Tensor) -> float:
+        logits = self.intervention.logits(before, activations)[:, :-1]
+        # Summed, in float32.
+        return float(F.cross_entropy(logits[counted].float(), before.tokens[:, 1:][counted], reduction="sum"))
 
     def add(self, batch: _Untouched, advance: Any) -> None:
         """One batch with every SAE."""
         before, keep, count = batch.before, batch.keep, len(batch.before.tokens)
         clean = before.activations
-        self.predictions += before.tokens[:, 1:].numel()
-        self.left_alone += batch.left_alone
+        self.predictions += int(batch.counted.sum())
+        meant = keep if self.how.replaced == "all" else keep[:, 1:]
+        self.left_alone += int((~meant).sum())
         for name, ce in batch.ce.items():
             self.ce[name] += ce
             advance(count)
@@ -234,7 +254,8 @@ class _Run:
             self.seconds[name] += time.perf_counter() - began
             self.meters[name].add(h, recon, code)  # norms, and so every figure here, do not depend on the basis
             recon = recon if rotation is None else rotated(recon, rotation.T)
-            self.ce[f"sae:{name}"] += self._cross_entropy(before, _with_positions(clean, keep, recon.to(clean)))
+            changed = _with_positions(clean, keep, recon.to(clean))
+            self.ce[f"sae:{name}"] += self._cross_entropy(before, batch.counted, changed)
             advance(count)
 
     def results(self) -> dict[str, InModel]:
@@ -335,8 +356,3 @@ def _with_positions(clean: Tensor, keep: Tensor, new: Tensor) -> Tensor:
     changed = clean.clone()
     changed[keep] = new
     return changed
-
-
-def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Summed over all next-token predictions, in float32."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")

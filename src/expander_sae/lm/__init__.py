@@ -10,7 +10,7 @@ from expander_sae.lm.intervene import Clean, Intervention
 from expander_sae.lm.load import ModelError, load_model
 from expander_sae.lm.models import LanguageModel, find_blocks
 from expander_sae.lm.norms import NormGuard
-from expander_sae.lm.packing import pack, special_ids, wants_bos
+from expander_sae.lm.packing import Separator, pack, special_ids, structural_ids, wants_bos
 from expander_sae.lm.presets import MODELS, ModelPreset, preset_for
 from expander_sae.lm.readers import TextError
 from expander_sae.lm.sites import HOOKS, Hook, Site
@@ -30,6 +30,7 @@ __all__ = [
     "ModelError",
     "ModelPreset",
     "NormGuard",
+    "Separator",
     "Site",
     "Split",
     "TextError",
@@ -50,5 +51,6 @@ __all__ = [
     "sample_windows",
     "special_ids",
     "splice",
+    "structural_ids",
     "wants_bos",
 ]

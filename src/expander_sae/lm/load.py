@@ -23,6 +23,7 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["8bit", "4bit"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTER = "adapter_config.json"
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that are no device
 
 
 class ModelError(OSError):
@@ -52,8 +53,9 @@ def load_model(
     ``quantize``: run the linear layers in 8 or 4 bits (``bitsandbytes``, CUDA). A model stored quantised needs no
     option. ``trust_remote_code``: run model code that comes with the model.
 
-    Raises ``ModelError`` (an ``OSError``) when the model cannot be found or fetched, or is only an adapter;
-    ``ValueError`` for an unknown dtype or a device that is not there; ``ImportError`` when packages are missing.
+    Raises ``ModelError`` (an ``OSError``) when the model cannot be found or fetched, is only an adapter, lacks weights
+    or is quantised in a way that cannot be read here; ``ValueError`` for an unknown dtype or a device that is not
+    there; ``ImportError`` when packages are missing.
     """
     where = device_named(device)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -107,6 +109,8 @@ def _extra_options(
     """What ``from_pretrained`` gets beside the usual."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device_map is not None:
+        if isinstance(device_map, str) and device_map not in _SPREADS:
+            device_named(device_map)  # refuses what is not there
         _require("accelerate", "device_map")
         options["device_map"] = device_map
     if quantize is not None:
@@ -163,15 +167,26 @@ class _Loader:
                     # Everything else of that commit, even if the branch moves meanwhile; the config too.
                     at = {"revision": commit}
                     config = AutoConfig.from_pretrained(source, **at, **code)
+                _check_quantised(source, config)
                 tokenizer = self._load_tokenizer(AutoTokenizer, source, at, code)
-                model = AutoModelForCausalLM.from_pretrained(
-                    source, config=config, dtype=self.dtype, **at, **self.extra
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source, config=config, dtype=self.dtype, output_loading_info=True, **at, **self.extra
                 )
-        # Hub errors are OSErrors; ValueError and KeyError: an unknown kind of model; the last: damaged weights.
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+                model, report = loaded
+        except ImportError as error:  # of code that comes with the model, or of what reads its quantised weights
+            reason = str(error).strip().splitlines()
+            raise ImportError(f"The language model {source} needs more than is installed: {reason[0]}") from error
+        # Hub errors are OSErrors; ValueError and KeyError: an unknown kind of model; the last two: weights that do not
+        # fit or need a GPU, and damaged ones.
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(_explain(source, revision, error)) from error
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"The language model {source} lacks {len(missing)} of its weights, such as {missing[0]}, which "
+                "transformers would fill with random numbers. Give a whole causal language model, head included."
+            )
         placed = "device_map" in self.extra or getattr(model, "is_quantized", False)
         return (model if placed else model.to(self.device)), tokenizer, commit
 
@@ -186,6 +201,19 @@ class _Loader:
                 f"The language model {source} has no tokenizer that transformers can read: {reason}\n"
                 "Give one of a model with the same vocabulary: tokenizer=, on the command line --tokenizer."
             ) from error
+
+
+def _check_quantised(source: str, config: Any) -> None:
+    """Refuse weights quantised in a way unknown to transformers: it would read them as if they were not."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    how = getattr(config, "quantization_config", None)
+    how = how if isinstance(how, dict) or how is None else how.to_dict()
+    if how is not None and not AutoHfQuantizer.supports_quant_method(how):
+        raise ModelError(
+            f"The language model {source} is stored quantised by {how.get('quant_method')!r}, which this version of "
+            "transformers cannot read. Give one that is not quantised, or quantised otherwise."
+        )
 
 
 def _explain(source: str, revision: str | None, error: Exception) -> str:

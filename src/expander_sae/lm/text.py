@@ -12,7 +12,7 @@ import torch
 
 from expander_sae.files import sha256_file, user_path
 from expander_sae.lm.embedded import EMBEDDED, Split, fetch_text, in_split
-from expander_sae.lm.packing import pack
+from expander_sae.lm.packing import Separator, pack
 from expander_sae.lm.readers import KINDS, TextError, kind_of, read_file, text_of
 
 PILE = "monology/pile-uncopyrighted"  # the source of the paper's activations, streamed
@@ -84,6 +84,7 @@ def sample_windows(
     spread: int = 8,
     bos: bool = False,
     concatenate: bool = True,
+    separator: Separator = "eos",
     text_field: str = TEXT_FIELD,
 ) -> torch.Tensor:
     """``count`` windows ``(count, window)`` int64, evenly spaced over the first ``spread * count`` of a
@@ -94,7 +95,8 @@ def sample_windows(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    packed = pack(tokenizer, documents(source, split, text_field=text_field), window, bos=bos, concatenate=concatenate)
+    how: dict[str, Any] = {"bos": bos, "concatenate": concatenate, "separator": separator}
+    packed = pack(tokenizer, documents(source, split, text_field=text_field), window, **how)
     read = list(itertools.islice(packed, spread * count))
     chosen = range(len(read)) if len(read) <= count else [i * len(read) // count for i in range(count)]
     return torch.stack([read[i] for i in chosen])
