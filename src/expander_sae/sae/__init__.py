@@ -7,7 +7,7 @@ from expander_sae.sae.encoder import ENCODERS, Encoder, PursuitEncoder, TiedEnco
 from expander_sae.sae.folder import SAEFolderError
 from expander_sae.sae.hub import HubError
 from expander_sae.sae.sae import SAE
-from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Sparsity, TopK
+from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Gated, JumpReLU, ReluL1, Score, Sparsity, TopK
 
 __all__ = [
     "ENCODERS",
@@ -15,10 +15,14 @@ __all__ = [
     "SPARSITIES",
     "BatchTopK",
     "Encoder",
+    "Gated",
     "HubError",
+    "JumpReLU",
     "PursuitEncoder",
+    "ReluL1",
     "SAEConfig",
     "SAEFolderError",
+    "Score",
     "Sparsity",
     "TiedEncoder",
     "TopK",

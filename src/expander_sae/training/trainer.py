@@ -26,10 +26,12 @@ from expander_sae.training.dead import FeatureUse, resample
 from expander_sae.training.divergence import TrainingDiverged, check_losses, not_finite
 from expander_sae.training.interrupt import deferred_signals
 from expander_sae.training.log import LOG_NAME, Trackers, TrainingLog
-from expander_sae.training.losses import aux_error
+from expander_sae.training.losses import aux_error, rule_terms
 from expander_sae.training.recipe import Recipe
 from expander_sae.training.saved import RECIPE_NAME, RunFolder
 from expander_sae.training.start import mean_and_variance, origin_of
+
+_START_ROWS = 2048  # from which a sparsity rule takes its first thresholds
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors, and everything else as JSON values: what a checkpoint holds."""
@@ -114,6 +116,9 @@ class Trainer:
         if config.b_dec_init == "mean" and not bool(sae.b_dec.any()):
             with torch.no_grad():
                 sae.b_dec.copy_(mean.to(self.device) * self.scale)
+        if sae.sparsity.wants_start:
+            sample = self.source.sample(min(_START_ROWS, len(self.source)), config.seed)
+            sae.begin(sample.to(self.device, sae.dtype) * self.scale)
 
     def step(self, step: int) -> Tensor:
         """Step number ``step``, from 0, on the source's next batch; returns its squared error, not waited for.
@@ -144,8 +149,7 @@ class Trainer:
         loss = error
         if config.aux_k and (dead := self.use.dead(config.dead_after)) is not None:
             loss = loss + config.aux_coefficient * aux_error(sae, h, residual, dead, config.aux_k)
-        if (penalty := sae.sparsity.penalty(code)) is not None:
-            loss = loss + penalty
+        loss = loss + rule_terms(sae, h, code)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
@@ -190,7 +194,7 @@ class Trainer:
             "resampled": self.resampled,
             "lr": self.config.lr_at(self._done - 1),
             "tokens_per_second": count * self.config.batch_size / elapsed,
-        }
+        } | self.sae.sparsity.report()
 
     def state(self) -> State:
         """Everything the rest of the run depends on, and what rebuilds the SAE."""
