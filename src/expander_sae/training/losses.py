@@ -22,6 +22,11 @@ def aux_error(sae: SAE, h: Tensor, residual: Tensor, dead: Tensor, count: int) -
     return (residual - guess).square().sum(dim=1).mean()
 
 
+def multi_error(sae: SAE, h: Tensor, times: int) -> Tensor:
+    """Multi-TopK: the squared error of ``h (B, m)`` with ``times`` as many features for each sample, at most all."""
+    return sae.squared_error(h, sae.sparsity.among(min(times * sae.k, sae.d_sae))).error
+
+
 def rule_terms(sae: SAE, h: Tensor, code: SparseCode) -> Tensor | float:
     """What the sparsity rule adds to the squared error of ``h (B, m)`` with its ``code``; 0 for most."""
     penalty, auxiliary = sae.sparsity.penalty(code), sae.sparsity.auxiliary(code)

@@ -20,13 +20,13 @@ from torch import Tensor
 from expander_sae import __version__, files
 from expander_sae.data.sources import ActivationSource, prefetch
 from expander_sae.progress import progress
-from expander_sae.sae import SAE
+from expander_sae.sae import SAE, TopK
 from expander_sae.training.config import TrainConfig
 from expander_sae.training.dead import FeatureUse, resample
 from expander_sae.training.divergence import TrainingDiverged, check_losses, not_finite
 from expander_sae.training.interrupt import deferred_signals
 from expander_sae.training.log import LOG_NAME, Trackers, TrainingLog
-from expander_sae.training.losses import aux_error, rule_terms
+from expander_sae.training.losses import aux_error, multi_error, rule_terms
 from expander_sae.training.recipe import Recipe
 from expander_sae.training.saved import RECIPE_NAME, RunFolder
 from expander_sae.training.start import mean_and_variance, origin_of
@@ -56,7 +56,7 @@ class Trainer:
         resampled: features re-aimed so far.
 
     Raises:
-        ValueError: wrong width, too few rows, or AuxK for an encoder that ranks no features.
+        ValueError: wrong width, too few rows, AuxK for an encoder that ranks no features, or Multi-TopK without TopK.
     """
 
     def __init__(self, sae: SAE, source: ActivationSource, config: TrainConfig) -> None:
@@ -65,6 +65,11 @@ class Trainer:
         if config.aux_k and not sae.encoder.ranks_features:
             raise ValueError(
                 "AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead"
+            )
+        if config.multi_topk and not (sae.encoder.ranks_features and isinstance(sae.sparsity, TopK)):
+            raise ValueError(
+                f"Multi-TopK widens the code of the rule 'topk' with a tied or untied encoder, not that of "
+                f"{sae.sparsity.kind!r} with {sae.encoder.kind!r}: set multi_topk=0"
             )
         source.batches(config.batch_size, config.seed)  # refuses what it cannot deliver
         self.sae, self.source, self.config = sae, source, config
@@ -149,6 +154,8 @@ class Trainer:
         loss = error
         if config.aux_k and (dead := self.use.dead(config.dead_after)) is not None:
             loss = loss + config.aux_coefficient * aux_error(sae, h, residual, dead, config.aux_k)
+        if config.multi_topk:
+            loss = loss + config.multi_coefficient * multi_error(sae, h, config.multi_topk)
         loss = loss + rule_terms(sae, h, code)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()

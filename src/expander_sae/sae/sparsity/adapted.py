@@ -13,6 +13,7 @@ from expander_sae.ops import Selection, SparseCode
 from expander_sae.sae.sparsity.base import Score, Sparsity, capacity_of
 from expander_sae.stored import Section, take_tensor
 
+RATE = 0.02
 _MEMORY = 0.99  # of the running means that the log shows
 _MOST = 2.0  # the count is compared with k within this factor: a start far from k is no reason to overshoot
 
@@ -49,7 +50,7 @@ class Adapted(Sparsity):
         *,
         capacity: int | None = None,
         coefficient: float = 1.0,
-        rate: float = 0.02,
+        rate: float = RATE,
     ) -> None:
         super().__init__(d_sae, k)
         self.capacity = capacity_of(capacity, self.k, d_sae)

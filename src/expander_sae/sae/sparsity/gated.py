@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expander_sae.ops import Selection, SparseCode
-from expander_sae.sae.sparsity.adapted import Adapted
+from expander_sae.sae.sparsity.adapted import RATE, Adapted
 from expander_sae.sae.sparsity.base import Score
 
 
@@ -31,16 +30,18 @@ class Gated(Adapted):
     """Gates ``π = Wᵀ(h - b_dec) + b_gate``, magnitudes ``ReLU(exp(r_mag)·Wᵀ(h - b_dec) + b_mag)`` where ``π > 0``.
 
     The two paths share the encoder's directions (arXiv 2404.16014, eq. 6); ``b_gate`` is the encoder's ``b_enc``.
-    ``loss = mean ‖h - ĥ‖² + λ · mean Σ ReLU(π_j) + mean ‖h - ĥ_frozen(ReLU(π))‖²``: the last reconstructs from the gates
-    with the decoder held still, and is what the gates learn by beside the penalty. ``λ`` as in :class:`ReluL1`.
+    ``loss = mean ‖h - ĥ‖² + λ · mean Σ ReLU(π_j) + mean ‖h - ĥ_frozen(ReLU(π))‖²``: the last term reconstructs from the
+    gates with the decoder held still, and is what the gates learn by beside the penalty. ``λ`` as in :class:`ReluL1`.
 
     Arguments and errors are those of :class:`Adapted`.
     """
 
     kind = "gated"
 
-    def __init__(self, d_sae: int, k: int, **options: Any) -> None:
-        super().__init__(d_sae, k, **options)
+    def __init__(
+        self, d_sae: int, k: int, *, capacity: int | None = None, coefficient: float = 1.0, rate: float = RATE
+    ) -> None:
+        super().__init__(d_sae, k, capacity=capacity, coefficient=coefficient, rate=rate)
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expander_sae.ops import Selection, SparseCode
-from expander_sae.sae.sparsity.adapted import Adapted
+from expander_sae.sae.sparsity.adapted import RATE, Adapted
 from expander_sae.sae.sparsity.base import Score
 
 _LOWEST = 1e-3  # threshold at the start, in units; the logarithm needs a positive one
@@ -49,9 +50,18 @@ class JumpReLU(Adapted):
     kind = "jumprelu"
     options = (*Adapted.options, "bandwidth")
 
-    def __init__(self, d_sae: int, k: int, *, bandwidth: float = 0.5, **options: Any) -> None:
-        super().__init__(d_sae, k, **options)
-        if not 0 < bandwidth < float("inf"):
+    def __init__(
+        self,
+        d_sae: int,
+        k: int,
+        *,
+        capacity: int | None = None,
+        coefficient: float = 1.0,
+        rate: float = RATE,
+        bandwidth: float = 2.0,
+    ) -> None:
+        super().__init__(d_sae, k, capacity=capacity, coefficient=coefficient, rate=rate)
+        if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
         self.bandwidth = float(bandwidth)
         self.log_threshold = nn.Parameter(torch.zeros(d_sae))
