@@ -1,4 +1,4 @@
-"""Sparsity rules through the one loop: the wanted count is reached, runs resume, folders come back, loss terms add up."""
+"""Sparsity rules through the one loop: wanted counts are reached, runs resume, folders come back, losses add up."""
 
 from __future__ import annotations
 
