@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import encode, idle, memory, peers, public, pursuit, report, step, theory
+from benchmarks import encode, idle, memory, peers, public, pursuit, report, rules, step, theory
 from benchmarks.cases import DEFAULT_SIZES, Shape
 from benchmarks.checks import WrongAnswer
 from benchmarks.measure import Row, Settings
@@ -17,6 +17,7 @@ from benchmarks.measure import Row, Settings
 SUITES: dict[str, Callable[[Shape, Settings], list[Row]]] = {
     "encode": encode.run,
     "step": step.run,
+    "rules": rules.run,
     "pursuit": pursuit.run,
     "public": public.run,
     "memory": memory.run,

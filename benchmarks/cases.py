@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Self
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expander_sae.mask import Mask
-from expander_sae.sae import SAE
+from expander_sae.sae import SAE, Sparsity
 
 _SPECTRUM_DECAY = 0.5  # the j-th principal direction has variance j^-2·decay: a residual stream's is close to 1/j
 _BIAS_SCALE = 0.05
@@ -48,6 +49,7 @@ _MILLION = "2048x1048576x7x64"
 DEFAULT_SIZES: dict[str, tuple[str, ...]] = {
     "encode": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64", "2048x16384x30x64", "2048x131072x7x64", _MILLION),
     "step": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64", "2048x16384x30x64", "2048x131072x7x64"),
+    "rules": ("512x4096x7x64", "2048x16384x7x64"),
     "pursuit": ("512x4096x7x64",),
     "public": ("512x4096x7x64", "576x4608x7x32", "2048x16384x7x64"),
     "memory": (_MILLION,),
@@ -64,10 +66,13 @@ def activations(d_in: int, rows: int, seed: int = 0) -> Tensor:
     return (torch.randn(rows, d_in, generator=generator) * scales) @ mixing
 
 
-def expander_sae(shape: Shape) -> SAE:
-    """A tied expander SAE with unit columns in its parameters, biases that are not zero, and the field's ReLU."""
+def expander_sae(shape: Shape, rule: Sparsity | None = None) -> SAE:
+    """A tied expander SAE with unit columns in its parameters and biases that are not zero.
+
+    ``rule``: in place of TopK with the field's ReLU.
+    """
     mask = Mask.build("left-regular", d_in=shape.d_in, d_sae=shape.d_sae, degree=shape.degree)
-    sae = SAE.expander(mask, shape.k, relu=True)
+    sae = SAE.expander(mask, shape.k, relu=True, sparsity=rule)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         values = sae.dictionary.values
@@ -81,9 +86,12 @@ def expander_sae(shape: Shape) -> SAE:
 def dense_sae(shape: Shape, like: SAE) -> SAE:
     """The same SAE without a mask: untied, as every peer trains it, with the same columns and biases.
 
-    Columns are not normalised in the forward pass: that would cost the dense step a pass over its weights.
+    Columns are normalised in the forward pass only where the rule needs it: it costs the dense step a pass over its
+    weights.
     """
-    sae = SAE.dense(shape.d_in, shape.d_sae, k=shape.k, untied=True, relu=True, unit_norm=False)
+    rule = copy.deepcopy(like.sparsity)
+    options = {"untied": True, "unit_norm": rule.needs_unit_norm, "sparsity": rule}
+    sae = SAE.dense(shape.d_in, shape.d_sae, k=shape.k, **options)
     weight = like.dictionary.to_dense().T
     with torch.no_grad():
         for name, parameter in sae.named_parameters():

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Shape
-from expander_sae.sae import SAE, TiedEncoder
+from expander_sae.sae import SAE, BatchTopK, Gated, JumpReLU, TiedEncoder
+from expander_sae.sae.sparsity import Adapted
 
 NOT_INSTALLED = "not installed"
 _DISTRIBUTIONS = ("sae-lens", "scikit-learn", "spams-bin", "orthogonal-matching-pursuit-gpu")
@@ -47,7 +48,6 @@ def limit_threads(threads: int) -> None:
 def saelens_step(shape: Shape, like: SAE, h: Tensor, *, sparse: bool) -> Callable[[], float]:
     """SAELens' step without its logging and firing counts, from the columns and biases of ``like``."""
     saes = importlib.import_module("sae_lens.saes")
-    inputs = importlib.import_module("sae_lens.saes.sae")
     config = saes.TopKTrainingSAEConfig(
         d_in=shape.d_in,
         d_sae=shape.d_sae,
@@ -56,18 +56,45 @@ def saelens_step(shape: Shape, like: SAE, h: Tensor, *, sparse: bool) -> Callabl
         rescale_acts_by_decoder_norm=not sparse,  # the two together fail in the backward pass, seen in 6.54.12
         apply_b_dec_to_input=True,
     )
-    sae = saes.TopKTrainingSAE(config)
-    encoder = like.encoder
+    return _saelens(saes.TopKTrainingSAE(config), like, h, {})
+
+
+def saelens_rule_step(like: SAE, h: Tensor) -> Callable[[], float]:
+    """SAELens' step of the same sparsity rule, likewise, with its thresholds and the coefficient it has now."""
+    saes = importlib.import_module("sae_lens.saes")
+    rule, sizes = like.sparsity, {"d_in": like.d_in, "d_sae": like.d_sae, "apply_b_dec_to_input": True}
+    if isinstance(rule, BatchTopK):
+        config = saes.BatchTopKTrainingSAEConfig(**sizes, k=rule.k, use_sparse_activations=False)
+        return _saelens(saes.BatchTopKTrainingSAE(config), like, h, {})
+    assert isinstance(rule, Adapted)
+    per_value, per_feature = (float(rule.strength * rule.scale**power) for power in (1, 2))
+    if isinstance(rule, JumpReLU):
+        config = saes.JumpReLUTrainingSAEConfig(**sizes, jumprelu_bandwidth=float(rule.window))
+        return _saelens(saes.JumpReLUTrainingSAE(config), like, h, {"l0": per_feature})
+    if isinstance(rule, Gated):
+        return _saelens(saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(**sizes)), like, h, {"l1": per_value})
+    return _saelens(saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**sizes)), like, h, {"l1": per_value})
+
+
+def _saelens(sae: Any, like: SAE, h: Tensor, coefficients: dict[str, float]) -> Callable[[], float]:
+    """Steps of ``sae`` from the columns, biases and thresholds of ``like``; each returns its whole loss."""
+    inputs = importlib.import_module("sae_lens.saes.sae")
+    encoder, rule = like.encoder, like.sparsity
     assert isinstance(encoder, TiedEncoder)
     columns = like.dictionary.to_dense()
     with torch.no_grad():
         sae.W_enc.copy_(columns)
         sae.W_dec.copy_(columns.T)
-        sae.b_enc.copy_(encoder.b_enc)
+        (sae.b_gate if isinstance(rule, Gated) else sae.b_enc).copy_(encoder.b_enc)
         sae.b_dec.copy_(like.b_dec)
+        if isinstance(rule, Gated):
+            sae.r_mag.copy_(rule.r_mag)
+            sae.b_mag.copy_(rule.b_mag)
+        if isinstance(rule, JumpReLU):
+            sae.log_threshold.copy_(rule.threshold.log())
     optimiser = torch.optim.Adam(sae.parameters(), lr=3e-4)
     step_input = inputs.TrainStepInput(
-        sae_in=h, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+        sae_in=h, coefficients=coefficients, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
     )
 
     def step() -> float:

@@ -21,6 +21,7 @@ from expander_sae.report.table import Column, markdown_table, print_table
 TITLES = {
     "encode": "Encode and select",
     "step": "Training step: forward, backward, clip, Adam",
+    "rules": "Training step of each sparsity rule",
     "pursuit": "Pursuit",
     "public": "What users call: the public path against the kernels",
     "memory": "A million features: memory of the whole process",

@@ -28,7 +28,7 @@ PURSUIT_ENCODERS = {
 
 _GRADIENT_SAMPLES = 64
 _PURSUIT_SAMPLES = 16
-_DENSE_COPIES = 8  # encoder and decoder, each with its gradient and two moments
+DENSE_COPIES = 8  # encoder and decoder, each with its gradient and two moments
 
 
 def run(shape: Shape, settings: Settings) -> list[Row]:
@@ -51,7 +51,7 @@ def run(shape: Shape, settings: Settings) -> list[Row]:
         race.note(name, f"loss {first:.6g}, another encoder; its codes are the reference's")
 
     scores = 4 * batch * shape.d_sae
-    needs = (_DENSE_COPIES + 1) * shape.dense_bytes + 3 * scores
+    needs = (DENSE_COPIES + 1) * shape.dense_bytes + 3 * scores
     _dense(race, shape, template, h, loss, needs)
     _saelens(race, shape, template, h, loss, needs + 4 * scores)
     return race.rows()

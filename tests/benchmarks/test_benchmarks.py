@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-from benchmarks import checks, encode, idle, memory, peers, public, pursuit, step  # noqa: E402
+from benchmarks import checks, encode, idle, memory, peers, public, pursuit, rules, step  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import DEFAULT_SIZES, Shape  # noqa: E402
 from benchmarks.measure import Race, Row, Settings  # noqa: E402
@@ -27,6 +27,7 @@ from expander_sae.ops.fused import TiedError  # noqa: E402
 SIZES = "32x128x3x4"
 TINY = Shape.parse(SIZES)
 ONCE = Settings(repeats=2, batch=24)
+DECODE = ExpanderMatrix.decode
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,20 @@ def test_step_checks_loss_and_gradients():
     assert rows["dense PyTorch, highest precision"].ratios.keys() == {step.OURS, *step.PURSUIT_ENCODERS}
 
 
+def test_every_rule_is_raced_against_the_same_rule():
+    rows = by_name(rules.run(TINY, ONCE))
+    for kind in rules.RULES:
+        dense = rows[f"dense dictionary, {kind}"]
+        assert dense.note == "same loss"
+        assert dense.ratios.keys() == {rules.ours(kind)}
+
+
+def test_a_wrong_loss_of_a_rule_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ExpanderMatrix, "decode", lambda self, code: 1.01 * DECODE(self, code))
+    with pytest.raises(checks.WrongAnswer, match="dense dictionary, batch-topk"):
+        rules.run(TINY, ONCE)
+
+
 def test_pursuit_agrees_with_scikit_learn():
     pytest.importorskip("sklearn")
     rows = by_name(pursuit.run(TINY, ONCE))
@@ -65,7 +80,7 @@ def test_pursuit_agrees_with_scikit_learn():
 
 def test_missing_peers_are_listed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "module", lambda name: None)
-    for suite in (step, pursuit):
+    for suite in (step, rules, pursuit):
         rows = suite.run(TINY, ONCE)
         absent = [row for row in rows if row.note == peers.NOT_INSTALLED]
         assert absent

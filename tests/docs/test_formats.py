@@ -17,6 +17,7 @@ from support.house import ROOT
 
 from expander_sae import SAE, Mask
 from expander_sae.data import StoreMeta, StoreWriter, TensorSource
+from expander_sae.sae import SPARSITIES
 from expander_sae.theory import CodeSurvey, certify
 from expander_sae.training import TrainConfig, train
 
@@ -131,6 +132,56 @@ def test_a_certificate_has_the_fields_of_the_page() -> None:
     named = set(re.findall(r"`([\w.]+)`", PAGE))
     assert certificate["expansion"].keys() <= named
     assert CodeSurvey.__dataclass_fields__.keys() <= named
+
+
+def table_after(heading: str) -> list[list[set[str]]]:
+    """Names in backticks in each cell of the table that follows a line which begins with ``heading``."""
+    after = PAGE[re.search(rf"^{re.escape(heading)}", PAGE, flags=re.MULTILINE).end() :]  # type: ignore[union-attr]
+    lines = after[after.index("\n|") + 1 :].split("\n\n")[0].splitlines()[2:]
+    return [[set(re.findall(r"`([^`]+)`", cell)) for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def of_rule(kind: str, folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A folder of an SAE whose rule has the named kind and was trained for a moment, and what it holds."""
+    mask = Mask.build("left-regular", d_in=20, d_sae=33, degree=5)
+    sae = SAE.expander(mask, 4, sparsity=SPARSITIES[kind](33, 4))
+    rows = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    train(sae, TensorSource(rows), TrainConfig(steps=20, batch_size=32, resample_every=0, lr=0.05), folder)
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "sae.safetensors")
+
+
+@pytest.mark.parametrize("kind", SPARSITIES)
+def test_a_rules_section_and_tensors_are_those_of_the_page(kind: str, tmp_path: Path) -> None:
+    config, tensors = of_rule(kind, tmp_path)
+    options = next(row[1] for row in table_after("**`sparsity`** has") if kind in row[0])
+    assert config["sparsity"].keys() == {"kind", "version", "k"} | options
+    named = set().union(*(row[0] for row in table_after("`sae.safetensors` holds") if kind in row[2]))
+    assert {name for name in tensors if name.startswith("sparsity.")} == named
+
+
+@pytest.mark.parametrize("kind", SPARSITIES)
+def test_a_rule_can_be_run_from_the_page(kind: str, tmp_path: Path) -> None:
+    config, tensors = of_rule(kind, tmp_path)
+    assert config["sparsity"].get("capacity", 16) == 16
+    w = np.zeros((20, 33), dtype=np.float32)
+    for j, support in enumerate(left_regular(20, 33, 5, 0)):
+        w[support, j] = tensors["values"][j] / np.linalg.norm(tensors["values"][j])
+    h = np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32)
+    u = (h - tensors["b_dec"]) @ w
+    z = u + tensors["encoder.b_enc"]
+    at = {name.removeprefix("sparsity."): tensor for name, tensor in tensors.items()}
+    if kind == "topk":
+        threshold = np.sort(z, axis=1)[:, -5:-4]
+    elif kind == "jumprelu":
+        threshold = at["unit"] * np.exp(at["log_threshold"])
+    else:
+        threshold = at.get("threshold", 0.0)
+    margin = np.where(z > threshold, z - threshold, -np.inf)
+    best = margin >= np.sort(margin, axis=1)[:, -16:-15]  # the capacity
+    x = z if kind != "gated" else np.maximum(np.exp(at["r_mag"]) * u + at["b_mag"], 0)
+    x = np.where((z > threshold) & best, x, 0)
+    found = SAE.from_pretrained(tmp_path)(torch.from_numpy(h))
+    np.testing.assert_allclose(found.detach().numpy(), x @ w.T + tensors["b_dec"], atol=1e-5)
 
 
 def test_a_store_has_the_fields_of_the_page(tmp_path: Path) -> None:

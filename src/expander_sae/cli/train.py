@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from expander_sae.training.recipe import Recipe
 
 # Written out, because `--help` need not wait for torch; a test compares them with the registries.
-PRESET_CHOICES = "`paper`, `modern` (default), `pursuit`, `pursuit-nonneg`, `paper-stable`"
+PRESET_CHOICES = (
+    "`paper`, `modern` (default), `pursuit`, `pursuit-nonneg`, `paper-stable`, `multi-topk`, `batch-topk`, `relu-l1`, "
+    "`jumprelu`, `gated`"
+)
 ENCODERS = (
     "`tied`, `untied`, or a pursuit: `omp`, `ols`, `matching-pursuit`, `mp-unrolled`, `gradient-pursuit`, `iht`, `niht`, "
     "`htp`, `cosamp`, `subspace-pursuit`, `ista`, `fista`, `parallel-l0`, `serial-l0`, `robust-l0`, `smp`, `ssmp`, "

@@ -8,7 +8,7 @@ from expander_sae.sae.folder import SAEFolderError
 from expander_sae.sae.hub import HubError
 from expander_sae.sae.pruning import pruned
 from expander_sae.sae.sae import SAE
-from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Sparsity, TopK
+from expander_sae.sae.sparsity import SPARSITIES, BatchTopK, Gated, JumpReLU, ReluL1, Score, Sparsity, TopK
 
 __all__ = [
     "ENCODERS",
@@ -16,10 +16,14 @@ __all__ = [
     "SPARSITIES",
     "BatchTopK",
     "Encoder",
+    "Gated",
     "HubError",
+    "JumpReLU",
     "PursuitEncoder",
+    "ReluL1",
     "SAEConfig",
     "SAEFolderError",
+    "Score",
     "Sparsity",
     "TiedEncoder",
     "TopK",

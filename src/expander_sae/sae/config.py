@@ -40,7 +40,7 @@ class SAEConfig:
     encoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the pursuit, such as ``{block: 8, disjoint: true}``."""
     sparsity: str = "topk"
-    """Who selects: ``topk`` or ``batch-topk``."""
+    """Who selects: ``topk``, ``batch-topk``, ``relu-l1``, ``jumprelu`` or ``gated``."""
     sparsity_options: dict[str, Any] = field(default_factory=dict)
     """Options of the rule, such as ``{relu: true}``: only positive scores."""
     seed: int = 0

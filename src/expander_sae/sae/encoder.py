@@ -53,6 +53,14 @@ class Encoder(nn.Module, ABC):
         """The code on ``features (f,)`` alone, for AuxK; indices count within ``features``."""
         raise ValueError(f"AuxK ranks dead features by an encoder's scores; {self.kind!r} has none: set aux_k=0")
 
+    def bias(self) -> Tensor | None:
+        """What is added to the correlations, ``(n,)``; ``None`` for nothing."""
+        return None
+
+    def scores(self, features: Tensor, matrix: Matrix, h: Tensor, center: Tensor) -> Tensor:
+        """All scores ``(B, f)`` of the named features ``(f,)``, bias included."""
+        raise ValueError(f"a pursuit, such as {self.kind!r}, has no scores")
+
     def check(self, selection: Selection | None) -> None:
         """Raise ``ValueError`` for a sparsity rule this encoder cannot serve."""
 
@@ -94,6 +102,9 @@ class TiedEncoder(Encoder):
         super().__init__()
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
+    def bias(self) -> Tensor:
+        return self.b_enc
+
     def own(self, matrix: Matrix) -> Matrix:
         """What the encoder reads with, given the decoder's matrix."""
         return matrix
@@ -110,6 +121,9 @@ class TiedEncoder(Encoder):
         self, features: Tensor, matrix: Matrix, h: Tensor, center: Tensor, selection: Selection
     ) -> SparseCode:
         return self.own(matrix).subset(features).select(h, self.b_enc[features], selection, center=center)
+
+    def scores(self, features: Tensor, matrix: Matrix, h: Tensor, center: Tensor) -> Tensor:
+        return self.own(matrix).subset(features).correlate(h - center) + self.b_enc[features]
 
     def stored_tensors(self) -> dict[str, Tensor]:
         return {"b_enc": self.b_enc.detach()}

@@ -15,9 +15,10 @@ from expander_sae.ops import Selection, SparseCode
 from expander_sae.ops.fused import TiedError
 from expander_sae.sae import certified, folder, hub
 from expander_sae.sae.encoder import ENCODERS, Encoder, TiedEncoder, UntiedEncoder, pursuit_encoder
-from expander_sae.sae.sparsity import SPARSITIES, Sparsity, TopK
+from expander_sae.sae.sparsity import SPARSITIES, Score, Sparsity, TopK
 from expander_sae.stored import Section, take_tensor
 
+_FEATURES_AT_ONCE = 4096  # scores of them all would not fit for a wide dictionary
 _KEYS = ("d_in", "d_sae", "dictionary", "encoder", "sparsity", "signed", "num_values", "num_bytes", "metadata")
 
 
@@ -37,7 +38,7 @@ class SAE(nn.Module):
             long as the dictionary is the one certified: after training on it is not, and is left out.
 
     Raises:
-        ValueError: an encoder that cannot serve the rule.
+        ValueError: an encoder that cannot serve the rule, or a rule that needs unit columns on a dictionary without.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class SAE(nn.Module):
             raise ValueError(
                 f"a {encoder.kind} encoder has values of its own and needs as many rows in every column: a mask whose "
                 "columns differ, such as bernoulli, is read by a tied encoder or a pursuit"
+            )
+        if sparsity.needs_unit_norm and not dictionary.unit_norm:
+            raise ValueError(
+                f"the sparsity rule {sparsity.kind!r} needs unit_norm=True: with free columns its penalty is evaded by "
+                "longer columns and smaller codes"
             )
         self.dictionary = dictionary
         self.encoder = encoder
@@ -190,24 +196,45 @@ class SAE(nn.Module):
         code = self._code(matrix, self._fitting(h), check_finite=True)
         return (matrix.decode(code) + self.b_dec).to(h.dtype)
 
-    def squared_error(self, h: Tensor) -> TiedError:
+    def squared_error(self, h: Tensor, selection: Selection | None = None) -> TiedError:
         """``mean ‖h - ĥ‖²`` over ``h (B, d_in)``, differentiable in the parameters; residual and code beside it.
 
-        Unchecked: the training path. A tied TopK encoder on an expander takes one fused call.
+        Unchecked: the training path. A tied TopK encoder on an expander takes one fused call. With a ``selection`` the
+        code is what that one takes, in place of the rule.
         """
-        matrix, selection = self.dictionary.matrix(), self.sparsity.selection()
-        fused = None if selection is None else self.encoder.fused_error(matrix, h, self.b_dec, selection)
+        matrix, whole = self.dictionary.matrix(), selection or self.sparsity.selection()
+        fused = None if whole is None else self.encoder.fused_error(matrix, h, self.b_dec, whole)
         if fused is not None:
             return fused
-        code = self._code(matrix, h)
+        code = self._code(matrix, h) if selection is None else self.encoder(matrix, h, self.b_dec, selection)
         residual = h - (matrix.decode(code) + self.b_dec)
         return TiedError(residual.square().sum(dim=1).mean(), residual.detach(), code)
+
+    @torch.no_grad()
+    def begin(self, h: Tensor) -> None:
+        """Let the sparsity rule start from a sample ``h (B, d_in)`` of the activations to train on, if it wants to."""
+        if not self.sparsity.wants_start:
+            return
+        matrix, bias = self.dictionary.matrix(), self.encoder.bias()
+        assert bias is not None, "an encoder without a bias has been refused"
+        rank = max(1, round(len(h) * self.k / self.d_sae))
+        cuts = [
+            self.encoder.scores(features, matrix, h, self.b_dec).topk(rank, dim=0).values[-1]
+            for features in torch.arange(self.d_sae, device=bias.device).split(_FEATURES_AT_ONCE)
+        ]
+        unit = (h.double() - h.double().mean(dim=0)).square().mean().sqrt()
+        self.sparsity.begin(float(unit), torch.cat(cuts), bias)
 
     def reconstruct_with(self, h: Tensor, features: Tensor, k: int) -> Tensor:
         """What the named features alone make of ``h``, ``k`` of them per sample and without ``b_dec``: for AuxK."""
         matrix = self.dictionary.matrix()
         code = self.encoder.code_among(features, matrix, h, self.b_dec, self.sparsity.among(k))
         return matrix.subset(features).decode(code)
+
+    def frozen_error(self, h: Tensor, code: SparseCode) -> Tensor:
+        """``mean ‖h - ĥ‖²`` of another code of ``h (B, d_in)``, with dictionary and ``b_dec`` held still."""
+        guess = self.dictionary.matrix().detach().decode(code) + self.b_dec.detach()
+        return (h - guess).square().sum(dim=1).mean()
 
     @torch.no_grad()
     def reset_features(self, features: Tensor, targets: Tensor, norm: float = 1.0) -> None:
@@ -217,6 +244,7 @@ class SAE(nn.Module):
         """
         self.dictionary.point_at(features, targets, norm)
         self.encoder.reset_features(features, self.dictionary.core())
+        self.sparsity.reset_features(features, self.encoder.bias())
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
@@ -343,10 +371,10 @@ class SAE(nn.Module):
         # Rotated once, here: from there on everything runs at the speed of the sparse part.
         core, h, center = matrix.core, matrix.coordinates(h), matrix.coordinates(self.b_dec)
 
-        def score(selection: Selection) -> SparseCode:
+        def encode(selection: Selection) -> SparseCode:
             return self.encoder(core, h, center, selection, check_finite=check_finite)
 
-        return self.sparsity(score)
+        return self.sparsity(Score(encode, self.encoder.bias()))
 
     def _fitting(self, h: Tensor) -> Tensor:
         """``h`` in the SAE's type."""

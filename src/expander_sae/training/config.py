@@ -42,6 +42,11 @@ class TrainConfig:
     """Dead features that help to reconstruct the residual (AuxK, Gao et al. 2024, §2.4); 0 leaves the term out."""
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK term."""
+    multi_topk: int = 0
+    """Adds the squared error of the code of that many times ``k`` features (Multi-TopK, Gao et al. 2024, who take 4),
+    so that codes wider than trained for reconstruct too; 0 leaves the term out."""
+    multi_coefficient: float = 1 / 8
+    """Weight of the Multi-TopK term."""
     dead_after: int = 100_000
     """Tokens without a fire after which a feature counts as dead, for AuxK and for the log."""
     seed: int = 0
@@ -55,8 +60,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        from_zero = ("warmup_steps", "resample_every", "resample_below", "aux_k", "aux_coefficient", "lr_final", "seed")
-        for name in from_zero:
+        from_zero = ("warmup_steps", "resample_every", "resample_below", "lr_final", "seed")
+        for name in (*from_zero, "aux_k", "aux_coefficient", "multi_topk", "multi_coefficient"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not (self.lr > 0 and self.clip_norm > 0):

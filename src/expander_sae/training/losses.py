@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from expander_sae.ops import SparseCode
 from expander_sae.sae import SAE
 
 
@@ -19,3 +20,15 @@ def aux_error(sae: SAE, h: Tensor, residual: Tensor, dead: Tensor, count: int) -
     """
     guess = sae.reconstruct_with(h, dead, min(count, len(dead)))
     return (residual - guess).square().sum(dim=1).mean()
+
+
+def multi_error(sae: SAE, h: Tensor, times: int) -> Tensor:
+    """Multi-TopK: the squared error of ``h (B, m)`` with ``times`` as many features for each sample, at most all."""
+    return sae.squared_error(h, sae.sparsity.among(min(times * sae.k, sae.d_sae))).error
+
+
+def rule_terms(sae: SAE, h: Tensor, code: SparseCode) -> Tensor | float:
+    """What the sparsity rule adds to the squared error of ``h (B, m)`` with its ``code``; 0 for most."""
+    penalty, auxiliary = sae.sparsity.penalty(code), sae.sparsity.auxiliary(code)
+    terms: Tensor | float = 0.0 if penalty is None else penalty
+    return terms if auxiliary is None else terms + sae.frozen_error(h, auxiliary)

@@ -43,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 50,
     },
 }
+_MODERN = {name: value for name, value in PRESETS["modern"].items() if name != "sparsity_options"}
+PRESETS["multi-topk"] = PRESETS["modern"] | {"multi_topk": 4}
+PRESETS |= {rule: _MODERN | {"sparsity": rule} for rule in ("batch-topk", "relu-l1", "jumprelu", "gated")}
 PRESETS["pursuit-nonneg"] = PRESETS["pursuit"] | {"encoder_options": {"nonnegative": True}}
 PRESETS["paper-stable"] = PRESETS["paper"] | {"b_dec_init": "mean"}
 """Named sets of values; what each field does is written at the field (:class:`SAEConfig`, :class:`TrainConfig`)."""
@@ -50,6 +53,11 @@ PRESETS["paper-stable"] = PRESETS["paper"] | {"b_dec_init": "mean"}
 PRESET_NOTES = {
     "paper": "the paper's recipe to the letter; with uncentred activations and few rows per column it may diverge",
     "modern": "TopK with a ReLU and AuxK on centred, scaled activations (the default)",
+    "multi-topk": "`modern` with the error at `4 k` features beside the one at `k`: codes may be made wider later",
+    "batch-topk": "`modern` with `k` features per sample on average: the best of the whole batch",
+    "relu-l1": "`modern` with all positive scores under an L1 penalty, adapted until `k` are left on average",
+    "jumprelu": "`modern` with a learned threshold for each feature and an L0 penalty, adapted likewise",
+    "gated": "`modern` with one path that decides which features are active and one how much, L1 adapted likewise",
     "pursuit": "trained and read by matching pursuit: the best reconstruction; half of its code values are negative",
     "pursuit-nonneg": "the same with positive code values only",
     "paper-stable": "the paper's recipe from `b_dec_init: mean`: the way to train it on any model",
@@ -95,8 +103,8 @@ class Recipe:
 def resolve(*layers: Mapping[str, Any], default_preset: str = "modern") -> Recipe:
     """Merge flat mappings, later ones winning, over the preset that the last of them names.
 
-    What a preset says of AuxK, of the sparsity rule and of a pursuit's options yields to a choice of encoder or rule
-    that has none of it; resampling then takes the place of AuxK.
+    What a preset says of AuxK, of Multi-TopK and of the options of a sparsity rule or a pursuit yields to a choice of
+    encoder or rule that has none of it; resampling then takes the place of AuxK.
 
     Raises:
         ValueError: an unknown preset or field, or a value that does not fit its field.
@@ -136,7 +144,8 @@ def _preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         del values["aux_k"]
         values |= {key: PRESETS["pursuit"][key] for key in ("resample_every", "resample_norm")}
     if not ranks or sparsity != PRESETS[name].get("sparsity", "topk"):
-        values.pop("sparsity_options", None)
+        for key in ("sparsity_options", "multi_topk"):
+            values.pop(key, None)
     if ranks:
         values.pop("encoder_options", None)
     return values

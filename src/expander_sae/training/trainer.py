@@ -22,16 +22,18 @@ from expander_sae import __version__, files
 from expander_sae.data.sources import ActivationSource, prefetch
 from expander_sae.dictionary import Basis
 from expander_sae.progress import progress
-from expander_sae.sae import SAE
+from expander_sae.sae import SAE, TopK
 from expander_sae.training.config import TrainConfig
 from expander_sae.training.dead import FeatureUse, resample
 from expander_sae.training.divergence import TrainingDiverged, check_losses, not_finite
 from expander_sae.training.interrupt import deferred_signals
 from expander_sae.training.log import LOG_NAME, Trackers, TrainingLog
-from expander_sae.training.losses import aux_error
+from expander_sae.training.losses import aux_error, multi_error, rule_terms
 from expander_sae.training.recipe import Recipe
 from expander_sae.training.saved import RECIPE_NAME, RunFolder
 from expander_sae.training.start import mean_and_variance, origin_of
+
+_START_ROWS = 2048  # from which a sparsity rule takes its first thresholds
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors, and everything else as JSON values: what a checkpoint holds."""
@@ -58,7 +60,7 @@ class Trainer:
         resampled: features re-aimed so far.
 
     Raises:
-        ValueError: wrong width, too few rows, or AuxK for an encoder that ranks no features.
+        ValueError: wrong width, too few rows, AuxK for an encoder that ranks no features, or Multi-TopK without TopK.
     """
 
     def __init__(self, sae: SAE, source: ActivationSource, config: TrainConfig) -> None:
@@ -67,6 +69,11 @@ class Trainer:
         if config.aux_k and not sae.encoder.ranks_features:
             raise ValueError(
                 "AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead"
+            )
+        if config.multi_topk and not (sae.encoder.ranks_features and isinstance(sae.sparsity, TopK)):
+            raise ValueError(
+                f"Multi-TopK widens the code of the rule 'topk' with a tied or untied encoder, not that of "
+                f"{sae.sparsity.kind!r} with {sae.encoder.kind!r}: set multi_topk=0"
             )
         source.batches(config.batch_size, config.seed)  # refuses what it cannot deliver
         self.sae, self.source, self.config = sae, source, config
@@ -122,6 +129,10 @@ class Trainer:
             with torch.no_grad():
                 start = mean if self.basis is None else self.basis.coordinates(mean)
                 sae.b_dec.copy_(start.to(self.device) * self.scale)
+        if sae.sparsity.wants_start:
+            sample = self.source.sample(min(_START_ROWS, len(self.source)), config.seed).to(self.device, sae.dtype)
+            sample = sample if self.basis is None else self.basis.coordinates(sample)
+            sae.begin(sample * self.scale)
 
     def step(self, step: int) -> Tensor:
         """Step number ``step``, from 0, on the source's next batch; returns its squared error, not waited for.
@@ -152,8 +163,9 @@ class Trainer:
         loss = error
         if config.aux_k and (dead := self.use.dead(config.dead_after)) is not None:
             loss = loss + config.aux_coefficient * aux_error(sae, h, residual, dead, config.aux_k)
-        if (penalty := sae.sparsity.penalty(code)) is not None:
-            loss = loss + penalty
+        if config.multi_topk:
+            loss = loss + config.multi_coefficient * multi_error(sae, h, config.multi_topk)
+        loss = loss + rule_terms(sae, h, code)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
@@ -198,7 +210,7 @@ class Trainer:
             "resampled": self.resampled,
             "lr": self.config.lr_at(self._done - 1),
             "tokens_per_second": count * self.config.batch_size / elapsed,
-        }
+        } | self.sae.sparsity.report()
 
     def state(self) -> State:
         """Everything the rest of the run depends on, and what rebuilds the SAE."""

@@ -1,88 +1,16 @@
-"""Who selects: sparsity rules. An encoder scores, a rule says which scores become the code.
-
-A rule owns its penalty, what it does after a step of training, and its form at inference. A new one is a subclass here
-or in a plug-in, and its entry in :data:`SPARSITIES`.
-"""
+"""Rules by rank: the best of a sample, and the best of a batch."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from expander_sae.ops import Selection, SparseCode
-from expander_sae.registry import Registry
+from expander_sae.sae.sparsity.base import Score, Sparsity, capacity_of
 from expander_sae.stored import Section, take_tensor
-
-Score = Callable[[Selection], SparseCode]
-"""An encoder at work on a batch: hand it a selection, get the code."""
-
-
-class Sparsity(nn.Module):
-    """Turns an encoder's scores into a code.
-
-    Args:
-        d_sae: features ``n``.
-        k: features per sample: exactly, at most or on average, as the rule says.
-
-    Raises:
-        ValueError: ``k`` outside ``[1, d_sae]``.
-    """
-
-    kind: ClassVar[str]
-    version: ClassVar[int] = 1
-
-    def __init__(self, d_sae: int, k: int) -> None:
-        super().__init__()
-        k = operator.index(k)  # a numpy integer is no JSON
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {d_sae}, got {k}: a code cannot have more features")
-        self.k = k
-
-    def selection(self) -> Selection | None:
-        """The selection that is the whole rule as it stands, or ``None`` if the rule does more than select."""
-        raise NotImplementedError
-
-    def forward(self, score: Score) -> SparseCode:
-        """The code of a batch."""
-        selection = self.selection()
-        assert selection is not None, "a rule that does more overrides this"
-        return score(selection)
-
-    def among(self, count: int) -> Selection:
-        """How the best ``count`` of some dead features are taken, for AuxK."""
-        raise NotImplementedError
-
-    @property
-    def signed(self) -> bool:
-        """Whether a code may hold negative values."""
-        raise NotImplementedError
-
-    def penalty(self, code: SparseCode) -> Tensor | None:
-        """What the rule adds to the loss of a batch, if anything."""
-        return None
-
-    def after_step(self, code: SparseCode) -> None:
-        """Called after each step of training with the step's code, outside the graph."""
-
-    def rescale_(self, factor: float) -> None:
-        """Follow activations from ``factor · h`` to ``h``."""
-
-    def config(self) -> dict[str, Any]:
-        """The section of ``config.json`` that, with :meth:`stored_tensors`, rebuilds the rule."""
-        return {"kind": self.kind, "version": self.version, "k": self.k}
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        """What goes to disk."""
-        return {}
-
-    @classmethod
-    def from_config(cls, section: Section, tensors: Mapping[str, Tensor], d_sae: int) -> Self:
-        """Rebuild from :meth:`config` and :meth:`stored_tensors`. Raises ``ValueError`` for what does not fit."""
-        raise NotImplementedError
 
 
 class TopK(Sparsity):
@@ -148,9 +76,7 @@ class BatchTopK(Sparsity):
 
     def __init__(self, d_sae: int, k: int, *, capacity: int | None = None, momentum: float = 0.99) -> None:
         super().__init__(d_sae, k)
-        self.capacity = min(4 * self.k, d_sae) if capacity is None else operator.index(capacity)
-        if not self.k <= self.capacity <= d_sae:
-            raise ValueError(f"capacity must be between k = {k} and d_sae = {d_sae}, got {capacity}")
+        self.capacity = capacity_of(capacity, self.k, d_sae)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.momentum = float(momentum)
@@ -207,9 +133,3 @@ class BatchTopK(Sparsity):
         rule = cls(d_sae, k, capacity=capacity, momentum=section.number("momentum"))
         rule.threshold.copy_(take_tensor(tensors, "threshold", (1,))[0])
         return rule
-
-
-SPARSITIES: Registry[type[Sparsity]] = Registry("sparsity rule")
-"""Sparsity rules by kind. Constructors take ``(d_sae, k, **options)``."""
-SPARSITIES.add("topk", TopK)
-SPARSITIES.add("batch-topk", BatchTopK)
