@@ -217,9 +217,9 @@ class SAE(nn.Module):
             return
         matrix, bias = self.dictionary.matrix(), self.encoder.bias()
         assert bias is not None, "an encoder without a bias has been refused"
-        rank = max(1, round(len(h) * self.k / self.d_sae))
-        cuts = [
-            self.encoder.scores(features, matrix, h, self.b_dec).topk(rank, dim=0).values[-1]
+        rank = min(max(1, round(len(h) * self.k / self.d_sae)), len(h) - 1)
+        cuts = [  # halfway between two scores, so that rounding decides nothing
+            self.encoder.scores(features, matrix, h, self.b_dec).topk(rank + 1, dim=0).values[-2:].mean(dim=0)
             for features in torch.arange(self.d_sae, device=bias.device).split(_FEATURES_AT_ONCE)
         ]
         unit = (h.double() - h.double().mean(dim=0)).square().mean().sqrt()

@@ -58,7 +58,7 @@ class JumpReLU(Adapted):
         capacity: int | None = None,
         coefficient: float = 1.0,
         rate: float = RATE,
-        bandwidth: float = 2.0,
+        bandwidth: float = 1.0,
     ) -> None:
         super().__init__(d_sae, k, capacity=capacity, coefficient=coefficient, rate=rate)
         if not 0 < bandwidth < math.inf:
