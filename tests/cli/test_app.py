@@ -128,6 +128,7 @@ def test_harvest_train_evaluate_info(place: Path, tmp_path: Path) -> None:
         "convention": "ours",
         "bos": False,
         "concatenate": True,
+        "separator": "eos",
     }
     (row,) = whole["rows"]
     assert (row["num_values"], row["k"], row["l0"] <= 3) == (96, 3, True)

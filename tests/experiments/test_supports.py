@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expander_sae.data import ActivationStore
-from expander_sae.experiments.common.supports import ARMS, LEARNED, Supports, arm_named, refusal
+from expander_sae.experiments.common.supports import ARMS, LEARNED, Supports, arm_named, mask_of, refusal
 from expander_sae.mask import CONSTRUCTIONS
 from expander_sae.sae import SAE
 
@@ -48,7 +48,7 @@ def test_learned_supports_are_those_of_the_dense_sae_that_was_trained(supports: 
     assert dense.metadata["training"]["steps"] == 6, "one dense SAE for all degrees, whatever changes"
     assert sae.metadata["training"]["steps"] == 2
     largest = dense.dictionary.to_dense().T.abs().topk(3, dim=1).indices.sort(dim=1).values
-    assert torch.equal(sae.dictionary.mask.rows.long(), largest)  # type: ignore[union-attr]
+    assert torch.equal(mask_of(sae).rows.long(), largest)
     again = supports.sae("a", ARMS["learned"], "paper-stable", degree=3, seed=0, changes={"steps": 2})
     assert torch.equal(again.dictionary.to_dense(), sae.dictionary.to_dense()), "a finished run is taken as it is"
 
@@ -69,3 +69,11 @@ def test_bases(supports: Supports) -> None:
     assert not torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
     axes = [supports.rotation(ARMS["pca-basis"], seed) for seed in (0, 1)]
     assert torch.equal(axes[0], axes[1])  # type: ignore[arg-type]
+
+
+def test_bernoulli_masks_have_as_many_values_on_average(supports: Supports) -> None:
+    sae = supports.sae("a", ARMS["bernoulli"], "pursuit", degree=3, seed=1)
+    counts = mask_of(sae).counts
+    assert sae.num_values == int(counts.sum()) == pytest.approx(3 * 48, rel=0.3)
+    assert counts.min() < counts.max()
+    assert mask_of(SAE.from_pretrained(supports.out / "a")).sha256 == mask_of(sae).sha256

@@ -253,7 +253,7 @@ def test_a_mask_that_does_not_match_names_both_hashes(folder: Path) -> None:
         (lambda c: c.update(metadata=[]), "config.metadata should be an object"),
         (lambda c: c.update(encoder=None), "config.encoder should be a section, it is None"),
         (lambda c: c.update(sections={}), "has an entry 'sections' that this program does not know"),
-        (lambda c: c["sparsity"].update(kind="gated"), "unknown sparsity rule 'gated'"),
+        (lambda c: c["sparsity"].update(kind="ranked"), "unknown sparsity rule 'ranked'"),
         (lambda c: c["sparsity"].update(relu=1), "sparsity.relu should be true or false, it is 1"),
         (lambda c: c["encoder"].update(kind="gated"), "unknown encoder 'gated'"),
         (lambda c: c.pop("encoder"), "lacks 'encoder'"),

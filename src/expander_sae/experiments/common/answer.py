@@ -41,7 +41,8 @@ class Change:
     p: float | None
 
     def __str__(self) -> str:
-        degrees = "" if self.least == self.most else f"{self.least:+.1%} to {self.most:+.1%}"
+        least, most = (format(one, "+.1%") for one in (self.least, self.most))
+        degrees = "" if least == most else f"{least} to {most}"
         p = "" if self.p is None else f"p {self.p:.3f}"
         within = ", ".join(one for one in (degrees, p) if one)
         return f"{self.share:+.1%}" + (f" ({within})" if within else "")
@@ -80,7 +81,7 @@ def answer(rows: Sequence[Mapping[str, Any]]) -> str:
         of_preset = [row for row in rows if row["preset"] == preset]
         found = changes(of_preset)
         if found:
-            said.append(f"With {preset}: {_of_one_preset(found)}{_rank_of_overlap(of_preset)}")
+            said.append(f"With `{preset}`. {_of_one_preset(found)}{_rank_of_overlap(of_preset)}")
     if not said:
         return "There is no arm to compare with left-regular masks."
     return (
@@ -96,13 +97,9 @@ def _of_one_preset(found: Mapping[str, Change]) -> str:
         if there:
             sizes[question] = max(abs(math.log1p(change.share)) for change in there.values())
             listed = ", ".join(f"{name} {change}" for name, change in there.items())
-            parts.append(f"{_lower(question)}: {listed}; {_verdict(there)}.")
+            parts.append(f"{question}: {listed}; {_verdict(there)}.")
     largest = max(sizes, key=sizes.__getitem__)
-    return f"{' '.join(parts)} What changes most: {_lower(largest)}."
-
-
-def _lower(question: str) -> str:
-    return question[0].lower() + question[1:]
+    return f"{' '.join(parts)} What changes most: {largest[0].lower()}{largest[1:]}."
 
 
 def _verdict(group: Mapping[str, Change]) -> str:
