@@ -19,6 +19,7 @@ from expander_sae.theory import (
     log_failure,
     sampled_deficits,
 )
+from expander_sae.theory.expansion import _fewest_rows
 from expander_sae.theory.search import pair_threshold, peel
 
 BLOCKS = Mask.from_rows(np.repeat(np.arange(12).reshape(4, 3), 3, axis=0), 12)  # three columns on each support
@@ -94,6 +95,15 @@ def test_what_is_left_after_taking_a_column_away() -> None:
         assert (without.max(axis=0) >= [peel(int(c), s) for c in whole]).all()
     assert pair_threshold(10, 3) == peel(10, 3) == 4
     assert pair_threshold(1, 5) == 1
+
+
+def test_the_fewest_rows_for_so_many_pairs() -> None:
+    """T2: entries spread over rows as evenly as can be make the fewest pairs."""
+    edges, pairs = (side.ravel() for side in np.meshgrid(np.arange(1, 25), np.arange(0, 80)))
+    for count, most, rows in zip(edges, pairs, _fewest_rows(edges, pairs), strict=True):
+        even = [[(count + i) // r for i in range(r)] for r in range(1, count + 1)]
+        made = [sum(g * (g - 1) // 2 for g in split) for split in even]
+        assert rows == 1 + next(r for r, value in enumerate(made) if value <= most)
 
 
 def test_disjoint_and_repeated_supports() -> None:

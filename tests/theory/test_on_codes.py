@@ -108,6 +108,10 @@ def test_t15_noise_below_what_a_support_allows() -> None:
     values = torch.randn(4000, 3, generator=generator, dtype=torch.float64).exp()
     code = SparseCode(chosen.int(), values)
     figures = measure(matrix, code, torch.ones(4000))
+    unit = dense_unit(matrix)
+    for support, needed in zip(chosen[:20].tolist(), figures.needed[:20].tolist(), strict=True):
+        least, coefficient = np.linalg.svd(unit[:, support], compute_uv=False)[-1], true_erc(unit, support)
+        assert needed == pytest.approx(2 / (least**2 * (1 - coefficient)) if coefficient < 1 else math.inf)
     safe = figures.needed < math.inf
     assert safe.sum() > 1000
     allowed = 0.999 * values.amin(dim=1) / figures.needed
