@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from support.theory import flat, gaussian, polynomial_mask, random_mask
 from support.training import PAPER, activations, expander
 
-from expander_sae import SAE, Mask
+from expander_sae import SAE, Mask, SparseCode
 from expander_sae.data import TensorSource
 from expander_sae.dictionary import DenseDictionary, ExpanderDictionary, ExpanderMatrix
+from expander_sae.dictionary.basis import OrthogonalBasis
 from expander_sae.evaluation import certify_sae
 from expander_sae.sae import SAEFolderError
 from expander_sae.sae.folder import CONFIG_NAME
-from expander_sae.theory import Certificate, certify, is_of, levels, one_line, verdict
+from expander_sae.theory import Certificate, certify, is_of, levels, measure, one_line, recover, verdict
 from expander_sae.training import train
 
 GOOD = polynomial_mask(11, 7, 2, 121)
@@ -97,13 +99,14 @@ def test_dense_irregular_and_zero() -> None:
     assert dense.omp_level == 5
     assert "No expansion part: the dictionary is dense" in verdict(dense)
     assert again(dense) == dense
-    irregular = Mask.from_rows(GOOD.rows, GOOD.d_in)
     held = torch.ones(GOOD.rows.shape, dtype=torch.bool)
     held[::2, 0] = False
-    object.__setattr__(irregular, "held", held)
+    irregular = Mask.from_rows(GOOD.rows, GOOD.d_in, held)
+    for subject in (irregular, ExpanderDictionary(irregular)):
+        known = certify(subject, k=4)
+        assert known.degree is None
+        assert "differ in degree" in verdict(known)
     known = certify(irregular, k=4)
-    assert known.degree is None
-    assert "differ in degree" in verdict(known)
     assert 1 / 7 <= float(known.coherence.mu) <= 1 / 6 + 1e-9
     values = torch.ones(121, 7)
     values[3] = 0
@@ -111,6 +114,22 @@ def test_dense_irregular_and_zero() -> None:
     assert nothing.omp_level == nothing.unique_level == 0
     assert "Nothing is guaranteed: 1 of 121 columns are zero" in verdict(nothing)
     assert again(nothing) == nothing
+
+
+def test_a_basis_changes_no_inner_product() -> None:
+    values = gaussian(GOOD).values
+    turned = torch.linalg.qr(torch.randn(77, 77, generator=torch.Generator().manual_seed(1))).Q
+    plain, rotated = ExpanderDictionary(GOOD, values), ExpanderDictionary(GOOD, values)
+    rotated.basis = OrthogonalBasis(turned)
+    one, other = certify(plain, k=4), certify(rotated, k=4)
+    assert one.sha256 != other.sha256
+    assert replace(other, sha256=one.sha256) == one
+    indices = torch.rand(40, 121, generator=torch.Generator().manual_seed(2)).argsort(dim=1)[:, :5]
+    code = SparseCode(indices.int(), torch.randn(40, 5, generator=torch.Generator().manual_seed(3)))
+    found = [vars(measure(dictionary.matrix(), code, torch.ones(40))) for dictionary in (plain, rotated)]
+    for name, figures in found[0].items():
+        torch.testing.assert_close(figures, found[1][name])
+    assert bool(recover(rotated.matrix(), code, torch.zeros(40)).exact.any())
 
 
 def test_sizes() -> None:

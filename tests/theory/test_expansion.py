@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from support.theory import every_deficit, neighbours, polynomial_mask, random_mask
 
 from expander_sae.mask import Mask
@@ -131,8 +130,7 @@ def test_what_is_refused() -> None:
             expansion_deficit(mask, s)
     with pytest.raises(ValueError, match="needs the deficits of all these sizes"):
         expansion(expansion_deficits(mask, 3), 4)
-    irregular = Mask.from_rows(mask.rows, 20)
-    object.__setattr__(irregular, "held", torch.ones(14, 4, dtype=torch.bool))
+    irregular = Mask.build("bernoulli", d_in=20, d_sae=14, degree=4)
     with pytest.raises(ValueError, match="differ in degree"):
         expansion_deficit(irregular, 2)
 

@@ -214,14 +214,13 @@ def certify(
     """
     if isinstance(subject, Mask):
         entries = torch.ones(subject.rows.shape)
-        held = getattr(subject, "held", None)
-        entries = entries if held is None else entries * held
+        entries = entries if subject.held is None else entries * subject.held
         matrix: Matrix = ExpanderMatrix(subject.rows, entries, subject.d_in)
         mask, sha256 = subject, subject.sha256
     else:
-        matrix = subject.matrix().detach()
-        support = matrix.support
-        mask = getattr(subject, "mask", None) or (None if support is None else Mask.from_rows(support, matrix.d_in))
+        matrix = subject.matrix().detach().core
+        support, held = matrix.support, getattr(matrix, "held", None)
+        mask = None if support is None else Mask.from_rows(support, matrix.d_in, held)
         sha256 = dictionary_sha256(subject)
     if not 1 <= k <= matrix.d_sae:
         raise ValueError(f"k must be in [1, {matrix.d_sae}], got {k}")

@@ -1,6 +1,7 @@
 """Flatness and coherence of a dictionary, exact, and the levels they certify (docs/theory.md D4, D5, T8 to T12).
 
-Columns are normalised here whatever their norms are. Where all entries of a column have one size, inner products are
+Columns are normalised here whatever their norms are, and taken in the coordinates of the basis, if there is one: an
+orthogonal basis changes no inner product. Where all entries of a column have one size, inner products are
 integers over ``d`` and stay so: on flat masks ``μ₁(3) + μ₁(4)`` may be exactly 1, which a float can take for less.
 Elsewhere a strict inequality has to hold with a margin.
 """
@@ -148,6 +149,7 @@ def is_flat(entries: Tensor) -> bool:
 
 def unit_entries(matrix: Matrix) -> tuple[Tensor | None, Tensor]:
     """Supports and unit-norm entries in float64 on the CPU: ``(n, d)`` each, or ``None`` and ``(n, m)`` dense."""
+    matrix = matrix.core
     support = matrix.support
     support = None if support is None else support.cpu()
     n, m = matrix.d_sae, matrix.d_in

@@ -94,7 +94,7 @@ def refuse_irregular(mask: Mask) -> None:
     Raises:
         ValueError: a mask whose columns differ in degree.
     """
-    if getattr(mask, "held", None) is not None:
+    if mask.held is not None:
         raise ValueError(
             "expansion, flatness and what follows from them (docs/theory.md D2, D4) are defined for masks whose "
             "columns all use `degree` rows; the columns of this mask differ in degree. Its coherence can be computed"

@@ -1,7 +1,8 @@
 """What the supports of actual codes are like: conditions that hold or fail token by token (docs/theory.md T13, T15).
 
 ``indices`` are int ``(B, k)``, distinct features; ``used``, bool ``(B, k)``, says which slots hold one (all, if it is
-``None``). Columns are taken at unit norm whatever their norms are. All figures are float64 on the CPU.
+``None``). Columns are taken at unit norm whatever their norms are, in the coordinates of the basis if there is one. All
+figures are float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -90,8 +91,7 @@ def coverage(matrix: Matrix, indices: Tensor, used: Tensor | None = None) -> tup
     Raises:
         ValueError: a dense dictionary, every column of which may use all rows.
     """
-    support = matrix.support
-    if support is None:
+    if matrix.core.support is None:
         raise ValueError("coverage counts the rows of sparse columns: this dictionary is dense")
     unit, indices, used = _prepared(matrix, indices, used)
     covered, entries = (torch.empty(len(indices), dtype=torch.int64) for _ in range(2))
@@ -115,7 +115,7 @@ def measure(matrix: Matrix, code: SparseCode, noise: Tensor) -> Measures:
     least, largest = singular_values(matrix, code.indices, used)
     coefficient = erc(matrix, code.indices, used)
     nothing = torch.full_like(least, torch.nan)
-    covered, collisions = (nothing, nothing) if matrix.support is None else coverage(matrix, code.indices, used)
+    covered, collisions = (nothing, nothing) if matrix.core.support is None else coverage(matrix, code.indices, used)
     smallest = torch.where(used, unit_values(matrix, code).abs(), torch.inf).amin(dim=1)
     return Measures(
         size=size.cpu(),
@@ -131,12 +131,12 @@ def measure(matrix: Matrix, code: SparseCode, noise: Tensor) -> Measures:
 
 def unit_values(matrix: Matrix, code: SparseCode) -> Tensor:
     """Coefficients of the unit columns, float64 ``(B, k)`` on the CPU."""
-    norms = matrix.unit(torch.float64)[1].detach()
+    norms = matrix.core.unit(torch.float64)[1].detach()
     return (code.values.detach().double() * norms[code.indices.long()]).cpu()
 
 
 def _prepared(matrix: Matrix, indices: Tensor, used: Tensor | None) -> tuple[Matrix, Tensor, Tensor]:
-    unit = matrix.detach().unit(torch.float64)[0]
+    unit = matrix.core.detach().unit(torch.float64)[0]
     if indices.dim() != 2:
         raise ValueError(f"indices must have shape (B, k), got {tuple(indices.shape)}")
     indices = indices.long()
