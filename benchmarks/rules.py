@@ -78,7 +78,7 @@ def loss_of(sae: SAE, h: Tensor) -> float:
     """Squared error and everything that the rule adds."""
     with torch.no_grad():
         error = sae.squared_error(h)
-        return float(error.error + rule_terms(sae, h, error.code))
+        return float(error.error + sum(rule_terms(sae, h, error.code)))
 
 
 def share_at_capacity(sae: SAE, h: Tensor) -> float:

@@ -23,7 +23,7 @@ from expander_sae.pursuit import omp
 from expander_sae.sae import SAE, SAEConfig, SAEFolderError
 from expander_sae.training import Stopped, TrainConfig, build_sae, load_sae, train
 from expander_sae.training.exact import refit_dictionary
-from expander_sae.training.start import principal_axes
+from expander_sae.training.start import covariance_of, principal_axes
 
 BASIS = OrthogonalBasis.random(M, seed=3)
 
@@ -112,6 +112,12 @@ def test_a_random_basis_is_orthogonal_and_goes_both_ways(d_in: int, seed: int) -
     h = torch.randn(3, d_in, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(basis.vectors(basis.coordinates(h)), h)
     torch.testing.assert_close(basis.coordinates(h).norm(dim=1), h.norm(dim=1))
+
+
+def test_random_bases_are_uniform() -> None:
+    drawn = torch.stack([OrthogonalBasis.random(3, seed).matrix() for seed in range(400)])
+    assert float(drawn.mean(dim=0).abs().max()) < 0.1  # QR without its signs has a mean of ±½ on the diagonal
+    torch.testing.assert_close(drawn.square().mean(dim=0), torch.full((3, 3), 1 / 3), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.ones(3, 3), torch.eye(3)[:2], torch.eye(3) * 1.001, torch.eye(2) * torch.nan])
@@ -216,12 +222,12 @@ def test_the_exact_update_works_in_the_basis() -> None:
 def test_principal_axes() -> None:
     scales = torch.linspace(3, 0.5, M)
     h = (torch.randn(4000, M, generator=torch.Generator().manual_seed(0)) * scales) @ BASIS.matrix().T + 7
-    basis, variances = principal_axes(TensorSource(h))
-    y = basis.coordinates(h.double())
-    covariance = torch.cov(y.T, correction=0)
-    torch.testing.assert_close(covariance.diagonal(), variances)
+    whole = covariance_of(TensorSource(h))
+    torch.testing.assert_close(whole, torch.cov(h.double().T, correction=0))
+    basis = principal_axes(whole)
+    covariance = torch.cov(basis.coordinates(h.double()).T, correction=0)
     assert float((covariance - covariance.diagonal().diag()).abs().max()) < 1e-4
-    assert bool((variances.diff() <= 0).all())
+    assert bool((covariance.diagonal().diff() <= 0).all())
     peaks = basis.matrix().gather(0, basis.matrix().abs().argmax(dim=0, keepdim=True))
     assert bool((peaks > 0).all())
 

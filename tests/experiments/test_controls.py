@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from support.picture import points
 
-from expander_sae.data import ActivationStore, RotatedSource
+from expander_sae.data import ActivationStore
 from expander_sae.evaluation import reconstruction
 from expander_sae.experiments import controls
 from expander_sae.experiments.common.subject import Subject
-from expander_sae.experiments.common.supports import ARMS, Supports
+from expander_sae.experiments.common.supports import ARMS, Supports, mask_of
+from expander_sae.sae import SAE
 
 SETTINGS = replace(controls.SMOKE, arms=("left-regular", "clustered"), seeds=(0, 1))
 
@@ -35,9 +36,11 @@ def test_settings() -> None:
 def test_arms_may_be_added_to_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def figures(subject: Subject, supports: Supports, sae: Any, facts: dict[str, Any], windows: int) -> dict[str, Any]:
-        measured.append(f"{facts['name']} {facts['preset']} {facts['seed']}")
-        fvu = 0.5 + 0.1 * facts["seed"] + (0.05 + 0.001 * facts["seed"]) * (facts["name"] == "clustered")
+    def figures(subject: Subject, sae: SAE, windows: int) -> dict[str, Any]:
+        recipe, preset = mask_of(sae).recipe, "paper-stable" if sae.encoder.kind == "tied" else "pursuit"
+        assert recipe is not None
+        measured.append(f"{recipe.kind} {preset} {recipe.seed}")
+        fvu = 0.5 + 0.1 * recipe.seed + (0.05 + 0.001 * recipe.seed) * (recipe.kind == "clustered")
         return {"fvu": fvu, "ce_recovered": 1 - fvu, "tokens": 11, "overlap_mean": 1.0}
 
     monkeypatch.setattr(controls, "measure", figures)
@@ -61,22 +64,18 @@ def test_arms_may_be_added_to_a_finished_folder(tmp_path: Path, monkeypatch: pyt
     assert not any(note.startswith("Not to be had") for note in more.notes)
 
 
-def test_an_sae_of_another_basis_is_measured_in_it(
-    studied: Subject, tiny_store: ActivationStore, tmp_path: Path
-) -> None:
+def test_the_basis_of_an_arm_is_part_of_its_sae(studied: Subject, tiny_store: ActivationStore, tmp_path: Path) -> None:
     supports = Supports(tiny_store, tmp_path, 48, 3, {"pursuit": {"steps": 30, "batch_size": 50}})
-    arm = ARMS["random-basis"]
-    sae = supports.sae("a", arm, "pursuit", 3, 0)
-    row = controls.measure(studied, supports, sae, {"name": "random-basis", "seed": 0}, 2)
+    sae = supports.sae("a", ARMS["random-basis"], "pursuit", 3, 0)
+    row = controls.measure(studied, sae, 2)
     assert row["tokens"] == 2 * 11
-    assert row["num_values"] == 3 * 48
+    assert row["num_values"] == 3 * 48 + tiny_store.d_in**2
     assert row["overlap_max"] <= 3
-    rotation = supports.rotation(arm, 0)
-    assert rotation is not None
-    inside = reconstruction(sae, RotatedSource(tiny_store, rotation)).fvu
-    assert inside < 0.8 * reconstruction(sae, tiny_store).fvu, "the basis is part of the SAE"
+    inside = reconstruction(sae, tiny_store).fvu
+    assert sae.leave_basis_() is not None
+    assert inside < 0.8 * reconstruction(sae, tiny_store).fvu, "it reads in its basis"
     plain = studied.read({"": sae}, 2)[""].reconstruction
-    assert row["fvu"] != pytest.approx(plain.fvu, rel=1e-5), "the model's activations are rotated before it reads them"
+    assert row["fvu"] != pytest.approx(plain.fvu, rel=1e-5), "in the model, too"
 
 
 def test_the_picture() -> None:

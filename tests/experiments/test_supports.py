@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expander_sae.data import ActivationStore
+from expander_sae.dictionary import OrthogonalBasis
 from expander_sae.experiments.common.supports import ARMS, LEARNED, Supports, arm_named, mask_of, refusal
 from expander_sae.mask import CONSTRUCTIONS
 from expander_sae.sae import SAE
@@ -36,7 +37,9 @@ def test_masks_that_do_not_exist() -> None:
 @pytest.mark.parametrize("name", ["left-regular", "clustered", "weighted", "learned", "random-basis"])
 def test_values_and_budget_are_the_same_in_every_arm(name: str, supports: Supports) -> None:
     sae = supports.sae(name, ARMS[name], "pursuit", degree=3, seed=1)
-    assert (sae.num_values, sae.k, sae.encoder.kind) == (3 * 48, 3, "matching-pursuit")
+    basis = 0 if ARMS[name].basis == "standard" else supports.source.d_in**2
+    assert (sae.num_values, sae.dictionary.num_values) == (3 * 48 + basis, 3 * 48)
+    assert (sae.k, sae.encoder.kind) == (3, "matching-pursuit")
     summary = sae.metadata["training"]
     assert (summary["steps"], summary["config"]["batch_size"], summary["config"]["seed"]) == (4, 50, 1)
     assert ("continues" in summary) == (name == "learned"), "what came before is on record"
@@ -53,22 +56,30 @@ def test_learned_supports_are_those_of_the_dense_sae_that_was_trained(supports: 
     assert torch.equal(again.dictionary.to_dense(), sae.dictionary.to_dense()), "a finished run is taken as it is"
 
 
+def built(supports: Supports, name: str, seed: int = 0) -> SAE:
+    return supports.sae(f"{name}-{seed}", ARMS[name], "pursuit", degree=3, seed=seed, changes={"steps": 1})
+
+
 def test_weights_are_the_variances_in_the_arms_own_basis(supports: Supports) -> None:
-    assert supports.options(ARMS["left-regular"], 0) == {}
-    weights = {name: supports.options(ARMS[name], 0)["weights"] for name in ("weighted", "pca-basis-weighted")}
-    ranked = weights["pca-basis-weighted"]
+    def weights(name: str) -> list[float]:
+        recipe = mask_of(built(supports, name)).recipe
+        assert recipe is not None
+        return recipe.options["weights"]
+
+    assert mask_of(built(supports, "left-regular")).recipe.options == {}  # type: ignore[union-attr]
+    ranked = weights("pca-basis-weighted")
     assert ranked == sorted(ranked, reverse=True), "principal axes come by falling variance"
-    variances = supports.source.rows(slice(None)).double().var(dim=0)
-    assert weights["weighted"] == pytest.approx((variances / variances.max()).tolist(), rel=1e-4)
+    variances = supports.source.rows(slice(None)).double().var(dim=0, correction=0)
+    assert weights("weighted") == pytest.approx(variances.tolist(), rel=1e-4)
 
 
 def test_bases(supports: Supports) -> None:
-    assert supports.rotation(ARMS["left-regular"], 0) is None
-    drawn = [supports.rotation(ARMS["random-basis"], seed) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1])  # type: ignore[arg-type]
-    assert not torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
-    axes = [supports.rotation(ARMS["pca-basis"], seed) for seed in (0, 1)]
-    assert torch.equal(axes[0], axes[1])  # type: ignore[arg-type]
+    assert built(supports, "left-regular").dictionary.basis is None
+    drawn = [built(supports, "random-basis", seed).dictionary.basis.sha256 for seed in (0, 1)]  # type: ignore[union-attr]
+    assert drawn[0] == OrthogonalBasis.random(supports.source.d_in, 0).sha256
+    assert drawn[0] != drawn[1]
+    axes = [built(supports, "pca-basis", seed).dictionary.basis.sha256 for seed in (0, 1)]  # type: ignore[union-attr]
+    assert axes[0] == axes[1]
 
 
 def test_bernoulli_masks_have_as_many_values_on_average(supports: Supports) -> None:

@@ -55,7 +55,7 @@ def sae_of(kind: str, dictionary: str, untied: bool) -> SAE:
 def loss_of(sae: SAE, h: Tensor) -> Tensor:
     """As the trainer adds it up."""
     error = sae.squared_error(h)
-    return error.error + rule_terms(sae, h, error.code)
+    return error.error + sum(rule_terms(sae, h, error.code))
 
 
 def columns(sae: SAE, values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expander_sae.data import TensorSource
+from expander_sae.dictionary import OrthogonalBasis
 from expander_sae.sae import SAE, pruned
 from expander_sae.training import TrainConfig, train
 
@@ -21,6 +22,16 @@ def test_pruned_to_all_entries_it_is_the_same_sae() -> None:
     train(sae, activations(), CONFIG)
     h = activations().rows(slice(0, 20))
     torch.testing.assert_close(pruned(sae, WIDTH)(h), sae(h))
+
+
+def test_entries_are_those_in_the_basis() -> None:
+    plain, turned = SAE.dense(WIDTH, 16, k=3), SAE.dense(WIDTH, 16, k=3)
+    basis = OrthogonalBasis.random(WIDTH, seed=1)
+    turned.enter_basis_(basis)
+    h = activations().rows(slice(0, 20))
+    small = pruned(turned, 3)
+    assert small.dictionary.basis is not basis, "a copy"
+    torch.testing.assert_close(small(h), basis.vectors(pruned(plain, 3)(basis.coordinates(h))))
 
 
 def test_the_pruned_sae_is_its_own_and_is_retuned() -> None:

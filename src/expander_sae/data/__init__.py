@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from expander_sae.data.manifest import MANIFEST, Manifest, StoreError, StoreMeta, planned_bytes
-from expander_sae.data.rotation import RotatedSource, check_rotation, principal_axes, random_rotation, rotated
 from expander_sae.data.sources import ActivationSource, TensorSource, prefetch
 from expander_sae.data.store import ActivationStore
 from expander_sae.data.writer import StoreWriter
@@ -13,15 +12,10 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "Manifest",
-    "RotatedSource",
     "StoreError",
     "StoreMeta",
     "StoreWriter",
     "TensorSource",
-    "check_rotation",
     "planned_bytes",
     "prefetch",
-    "principal_axes",
-    "random_rotation",
-    "rotated",
 ]

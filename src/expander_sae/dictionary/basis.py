@@ -8,6 +8,8 @@ A mask lives on coordinates, so it matters which. Everything between the two pro
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -46,6 +48,14 @@ class Basis(nn.Module):
     def num_values(self) -> int:
         """Stored values."""
         raise NotImplementedError
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of what is stored of it."""
+        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
+        for name, tensor in sorted(self.stored_tensors().items()):
+            digest.update(name.encode() + tensor.cpu().double().numpy().tobytes())
+        return digest.hexdigest()
 
     def config(self) -> dict[str, Any]:
         """The section of ``config.json`` that, with :meth:`stored_tensors`, rebuilds the basis."""

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expander_sae.data import check_rotation, rotated
 from expander_sae.evaluation.conventions import Convention, Replaced, convention_named
 from expander_sae.evaluation.metrics import Reconstruction, ReconstructionMeter, ce_recovered
 from expander_sae.lm import (
@@ -121,7 +120,6 @@ def evaluate_in_model(
     allow_mismatch: bool = False,
     batch_windows: int = 4,
     shared: SharedPasses | None = None,
-    rotation: Tensor | None = None,
 ) -> dict[str, InModel]:
     """Evaluate many SAEs on the same held-out windows, sharing what the model computes before their site.
 
@@ -139,13 +137,11 @@ def evaluate_in_model(
         allow_mismatch: evaluate even if weights, tokenizer, layer or hook are not those the SAEs record.
         batch_windows: windows a forward pass.
         shared: what earlier calls computed without an SAE, and this one will leave to later ones.
-        rotation: orthogonal ``Q (d_in, d_in)``, for SAEs that were trained on ``h Q``
-            (:class:`~expander_sae.data.RotatedSource`): they read ``h Q``, and the model gets ``ĥ Qᵀ``.
 
     Raises:
-        ValueError: an SAE of another width, a rotation that is not orthogonal, no windows, windows of several lengths,
-            shorter than two tokens or longer than the model's context, SAEs of several hooks; :class:`MismatchError`
-            where they were trained on another model or site.
+        ValueError: an SAE of another width, no windows, windows of several lengths, shorter than two tokens or longer
+            than the model's context, SAEs of several hooks; :class:`MismatchError` where they were trained on another
+            model or site.
     """
     if not windows or windows[0].shape[0] < 2:
         raise ValueError("evaluation needs at least one window of at least two tokens")
@@ -165,9 +161,7 @@ def evaluate_in_model(
             "and hook they were trained on, or evaluate all the same: allow_mismatch=True, on the command line "
             "--allow-mismatch."
         )
-    if rotation is not None:
-        check_rotation(rotation, lm.d_model)
-    run = _Run(saes, lm, windows, site, how, max_norm_multiple, origins, rotation)
+    run = _Run(saes, lm, windows, site, how, max_norm_multiple, origins)
     text = torch.stack(list(windows))
     key = (site, how, run.guard.limit, len(run.special), batch_windows, text.numpy(force=True).tobytes())
     with progress("evaluate in the model", len(windows) * len(run.ce), "window") as advance:
@@ -189,9 +183,8 @@ class _Run:
         how: Convention,
         multiple: Multiple,
         origins: Mapping[str, Mapping[str, Any]],
-        rotation: Tensor | None,
     ) -> None:
-        self.saes, self.how, self.rotation = saes, how, rotation
+        self.saes, self.how = saes, how
         self.intervention = Intervention(lm, site)
         skip_special = how.guarded and any(origin.get("skip_special") for origin in origins.values())
         none = torch.empty(0, device=lm.device)
@@ -244,16 +237,13 @@ class _Run:
         for name, ce in batch.ce.items():
             self.ce[name] += ce
             advance(count)
-        h, rotation = clean[keep], None if self.rotation is None else self.rotation.to(clean.device)
-        if rotation is not None:
-            h = rotated(h, rotation)
+        h = clean[keep]
         for name, sae in self.saes.items():
             began = time.perf_counter()
             code = sae.encode(h.to(sae.b_dec.device))
             recon = sae.decode(code)
             self.seconds[name] += time.perf_counter() - began
-            self.meters[name].add(h, recon, code)  # norms, and so every figure here, do not depend on the basis
-            recon = recon if rotation is None else rotated(recon, rotation.T)
+            self.meters[name].add(h, recon, code)
             changed = _with_positions(clean, keep, recon.to(clean))
             self.ce[f"sae:{name}"] += self._cross_entropy(before, batch.counted, changed)
             advance(count)
@@ -291,7 +281,6 @@ def evaluation_rows(
     max_norm_multiple: Multiple = "recorded",
     allow_mismatch: bool = False,
     shared: SharedPasses | None = None,
-    rotation: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """One flat row for each SAE: its sizes, :class:`InModel` under its own encoder, and under OMP (``omp_...``).
 
@@ -302,7 +291,6 @@ def evaluation_rows(
     results = evaluate_in_model(
         {**saes, **pursued}, lm, windows, layer, hook=hook, convention=convention, replaced=replaced,
         max_norm_multiple=max_norm_multiple, allow_mismatch=allow_mismatch, shared=shared,
-        rotation=rotation,
     )  # fmt: skip
     rows = []
     for name, sae in saes.items():

@@ -168,7 +168,7 @@ def run_controls(settings: ControlsSettings, out: Path) -> Finding:
             def one(key: str = key, facts: dict[str, Any] = facts, changes: dict[str, int] = changes) -> dict[str, Any]:
                 where = (facts["preset"], facts["degree"], facts["seed"])
                 sae = supports.sae(key, ARMS[facts["name"]], *where, changes)
-                return measure(subject, supports, sae, facts, settings.windows)
+                return measure(subject, sae, settings.windows)
 
             rows.append(facts | cells.get(key, one, lambda key=key: sae_hash(out / key)))
     table = compared(rows)
@@ -177,13 +177,12 @@ def run_controls(settings: ControlsSettings, out: Path) -> Finding:
     return Finding(table + theirs, f"The same SAE on other supports, {subject}", notes)
 
 
-def measure(subject: Subject, supports: Supports, sae: SAE, facts: dict[str, Any], windows: int) -> dict[str, Any]:
+def measure(subject: Subject, sae: SAE, windows: int) -> dict[str, Any]:
     """Figures of one SAE: in the model under its own encoder and both OMPs, and of its supports."""
     readers = {"": sae, "signed_omp_": sae.with_encoder("omp", signed=True)}
     if sae.encoder.ranks_features:  # a pursuit that refits is as good as OMP by magnitude already
         readers["omp_"] = sae.with_encoder("omp")
-    rotation = supports.rotation(ARMS[facts["name"]], facts["seed"])
-    found = subject.read(readers, windows, rotation)
+    found = subject.read(readers, windows)
     row: dict[str, Any] = {}
     for reading, result in found.items():
         row |= {f"{reading}{name}": value for name, value in _figures(result).items()}
@@ -255,8 +254,8 @@ def _notes(
         f"over {len(settings.seeds)} seeds. Codes are signed under every preset and OMP. Dead: features without a fire "
         "in the last 100,000 training samples. μ: largest inner product of two trained columns; certified: the k up to "
         "which μ₁ guarantees that OMP finds every code.",
-        "Rows of weighted masks are drawn in proportion to the standard deviation of the coordinate. A basis is a "
-        f"rotation of the activations, undone in the model: its {d_in:,}² numbers are not counted in the values.",
+        "Rows of weighted masks are drawn in proportion to the standard deviation of the coordinate. A basis is part "
+        f"of the SAE: {d_in:,}² values more than in the other arms, which `num_values` in results.json counts.",
     ]
     if LEARNED in settings.arms:
         notes.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from expander_sae.ops import SparseCode
@@ -27,8 +29,9 @@ def multi_error(sae: SAE, h: Tensor, times: int) -> Tensor:
     return sae.squared_error(h, sae.sparsity.among(min(times * sae.k, sae.d_sae))).error
 
 
-def rule_terms(sae: SAE, h: Tensor, code: SparseCode) -> Tensor | float:
-    """What the sparsity rule adds to the squared error of ``h (B, m)`` with its ``code``; 0 for most."""
-    penalty, auxiliary = sae.sparsity.penalty(code), sae.sparsity.auxiliary(code)
-    terms: Tensor | float = 0.0 if penalty is None else penalty
-    return terms if auxiliary is None else terms + sae.frozen_error(h, auxiliary)
+def rule_terms(sae: SAE, h: Tensor, code: SparseCode) -> Iterator[Tensor]:
+    """What the sparsity rule adds to the squared error of ``h (B, m)`` with its ``code``; nothing for most."""
+    if (penalty := sae.sparsity.penalty(code)) is not None:
+        yield penalty
+    if (auxiliary := sae.sparsity.auxiliary(code)) is not None:
+        yield sae.frozen_error(h, auxiliary)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,42 +19,47 @@ _STATISTICS_ROWS = 16384  # sample for the mean and scale of activations
 _ROWS_AT_ONCE = 8192
 
 
-def build_sae(config: SAEConfig, source: ActivationSource) -> SAE:
+def build_sae(config: SAEConfig, source: ActivationSource, covariance: Callable[[], Tensor] | None = None) -> SAE:
     """The untrained SAE of a configuration, its basis found from the activations it will be trained on.
 
     A ``weighted`` mask of which the options say nothing of weights takes the variances of the coordinates.
 
+    Args:
+        config: which SAE.
+        source: the activations.
+        covariance: gives theirs where it is wanted, for who builds many SAEs on them; default :func:`covariance_of`.
+
     Raises:
         ValueError: sizes that do not fit.
     """
-    basis, variances = None, None
+    known = cache(covariance or (lambda: covariance_of(source)))
+    basis = None
     if config.basis == "pca":
-        basis, variances = principal_axes(source)
+        basis = principal_axes(known())
     elif config.basis == "random":
         basis = OrthogonalBasis.random(source.d_in, config.seed)
     if config.mask == "weighted" and "weights" not in config.mask_options:
-        if variances is None:
-            covariance = _covariance(source)
-            rotation = torch.eye(len(covariance)) if basis is None else basis.matrix()
-            variances = (rotation.double() * (covariance @ rotation.double())).sum(dim=0)
-        config = replace(config, mask_options=config.mask_options | {"weights": [float(f"{v:.6g}") for v in variances]})
+        axes = torch.eye(source.d_in, dtype=torch.float64) if basis is None else basis.matrix().double()
+        variances = (axes * (known() @ axes)).sum(dim=0).clamp_min(0)
+        # Six digits: they are kept in the recipe of the mask, as text.
+        weights = [float(f"{variance:.6g}") for variance in variances.tolist()]
+        config = replace(config, mask_options=config.mask_options | {"weights": weights})
     sae = config.build(source.d_in)
     sae.enter_basis_(basis)
     return sae
 
 
-def principal_axes(source: ActivationSource) -> tuple[OrthogonalBasis, Tensor]:
-    """The eigenvectors of the activations' covariance, largest variance first, and the variances ``(m,)``.
+def principal_axes(covariance: Tensor) -> OrthogonalBasis:
+    """The eigenvectors of a covariance ``(m, m)``, largest variance first.
 
     Each vector's largest entry is positive, so that the basis does not depend on a library's choice of signs.
     """
-    variances, vectors = torch.linalg.eigh(_covariance(source))
-    variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)
     peak = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return OrthogonalBasis((vectors * peak.sign()).float(), "pca"), variances
+    return OrthogonalBasis((vectors * peak.sign()).float(), "pca")
 
 
-def _covariance(source: ActivationSource) -> Tensor:
+def covariance_of(source: ActivationSource) -> Tensor:
     """``(m, m)`` in float64, over all rows, read once."""
     rows, m = len(source), source.d_in
     middle = mean_and_variance(source, 0)[0]  # sums are taken about it: no cancellation

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import sys
@@ -22,7 +21,7 @@ from expander_sae import __version__, files
 from expander_sae.data.sources import ActivationSource, prefetch
 from expander_sae.dictionary import Basis
 from expander_sae.progress import progress
-from expander_sae.sae import SAE, TopK
+from expander_sae.sae import SAE
 from expander_sae.training.config import TrainConfig
 from expander_sae.training.dead import FeatureUse, resample
 from expander_sae.training.divergence import TrainingDiverged, check_losses, not_finite
@@ -70,7 +69,7 @@ class Trainer:
             raise ValueError(
                 "AuxK needs an encoder's scores of dead features: for a pursuit set aux_k=0 and resample instead"
             )
-        if config.multi_topk and not (sae.encoder.ranks_features and isinstance(sae.sparsity, TopK)):
+        if config.multi_topk and not (sae.encoder.ranks_features and sae.sparsity.by_rank):
             raise ValueError(
                 f"Multi-TopK widens the code of the rule 'topk' with a tied or untied encoder, not that of "
                 f"{sae.sparsity.kind!r} with {sae.encoder.kind!r}: set multi_topk=0"
@@ -86,8 +85,10 @@ class Trainer:
         self.use = FeatureUse(sae.d_sae, self.device)
         self.origin = origin_of(source, sae)
         self._before: dict[str, Any] | None = sae.metadata.get("training")
+        basis = sae.dictionary.basis
+        told = {"dtype": str(sae.dtype), "metadata": None, "basis": None if basis is None else basis.sha256}
         self._identity = {
-            "sae": sae.config() | {"dtype": str(sae.dtype), "metadata": None, "basis": _digest(sae.dictionary.basis)},
+            "sae": sae.config() | told,
             "train": config.identity(),
             "rows": len(source),
             "trained_on": self.origin,
@@ -165,7 +166,8 @@ class Trainer:
             loss = loss + config.aux_coefficient * aux_error(sae, h, residual, dead, config.aux_k)
         if config.multi_topk:
             loss = loss + config.multi_coefficient * multi_error(sae, h, config.multi_topk)
-        loss = loss + rule_terms(sae, h, code)
+        for term in rule_terms(sae, h, code):
+            loss = loss + term
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
@@ -316,16 +318,6 @@ class Trainer:
         elapsed, self._clock = now - self._clock, now
         self._seconds += elapsed
         return elapsed
-
-
-def _digest(basis: Basis | None) -> str | None:
-    """SHA-256 of what a basis stores."""
-    if basis is None:
-        return None
-    stored = basis.stored_tensors()
-    return hashlib.sha256(
-        b"".join(stored[name].cpu().double().numpy().tobytes() for name in sorted(stored))
-    ).hexdigest()
 
 
 def train(

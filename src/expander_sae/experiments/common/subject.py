@@ -79,11 +79,9 @@ class Subject:
         """``count`` held-out windows of :data:`WINDOW` tokens."""
         return list(language.sample_windows(self.lm.tokenizer, self.text, "heldout", WINDOW, count))
 
-    def read(self, readers: Mapping[str, SAE], windows: int, rotation: Tensor | None = None) -> dict[str, InModel]:
+    def read(self, readers: Mapping[str, SAE], windows: int) -> dict[str, InModel]:
         """:func:`~expander_sae.evaluation.evaluate_in_model` on so many held-out windows, sharing likewise."""
-        return evaluate_in_model(
-            readers, self.lm, self.windows(windows), self.layer, shared=self.passes, rotation=rotation
-        )
+        return evaluate_in_model(readers, self.lm, self.windows(windows), self.layer, shared=self.passes)
 
     def evaluate(self, saes: Mapping[str, SAE], windows: int) -> list[dict[str, Any]]:
         """Rows of :func:`~expander_sae.evaluation.evaluation_rows` on so many held-out windows, in the model.

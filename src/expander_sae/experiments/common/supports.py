@@ -8,19 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
-from expander_sae.data import ActivationSource, RotatedSource, principal_axes, random_rotation, rotated
+from expander_sae.data import ActivationSource
 from expander_sae.dictionary import ExpanderDictionary
 from expander_sae.experiments.common.published import MASKS
 from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.registry import unknown
 from expander_sae.sae import SAE, pruned
+from expander_sae.training.recipe import resolve
+from expander_sae.training.start import build_sae, covariance_of
 
 LEARNED = "learned"
-BASIS_SAMPLE = 16_384
-"""Activations that principal axes and variances of coordinates are taken of."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class Arm:
 
     Attributes:
         mask: a kind of mask, or :data:`LEARNED`: the largest entries of each column of a trained dense SAE.
-        basis: the coordinates that the supports are sets of: the model's own, those after a rotation drawn at random
-            (one for each seed), or the principal axes of the training activations.
+        basis: what the columns are written in; a random one is another for each seed.
     """
 
     mask: str
@@ -70,7 +67,7 @@ class Supports:
     """SAEs of one size on any arm's supports, trained in a folder with recipes that differ in nothing else.
 
     Args:
-        source: activations in the model's own coordinates.
+        source: activations.
         out: the folder.
         d_sae, k: of every SAE.
         training: settings of every training beside preset and seed, by preset.
@@ -82,25 +79,7 @@ class Supports:
         self.source, self.out = source, out
         self.sizes = {"d_sae": d_sae, "k": k}
         self.training = training
-        sample = source.sample(min(BASIS_SAMPLE, len(source)), 0).float()
-        self._sample = sample
-        self.axes = cache(lambda: principal_axes(sample)[0])
-
-    def rotation(self, arm: Arm, seed: int) -> Tensor | None:
-        """Of the arm's basis, ``(m, m)``; ``None`` for the model's own coordinates."""
-        if arm.basis == "standard":
-            return None
-        return self.axes() if arm.basis == "pca" else random_rotation(self.source.d_in, seed)
-
-    def options(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Options of the arm's mask."""
-        if arm.mask != "weighted":
-            return {}
-        rotation = self.rotation(arm, seed)
-        sample = self._sample if rotation is None else rotated(self._sample, rotation)
-        variances = sample.double().var(dim=0)
-        # Six digits: they are kept in the recipe of the mask, as text.
-        return {"weights": [float(f"{one:.6g}") for one in (variances / variances.max()).tolist()]}
+        self._covariance = cache(lambda: covariance_of(source))
 
     def sae(self, name: str, arm: Arm, preset: str, degree: int, seed: int, changes: Mapping[str, Any] = {}) -> SAE:
         """The arm's SAE, trained into ``out/name``; ``changes``: to the settings of its training.
@@ -108,16 +87,15 @@ class Supports:
         Raises:
             ValueError: there is no such mask at this size.
         """
-        rotation = self.rotation(arm, seed)
-        source = self.source if rotation is None else RotatedSource(self.source, rotation)
         shared = {"preset": preset, "seed": seed, **self.sizes, **self.training[preset]}
         settings = {**shared, **changes, "degree": degree}
         if arm.mask != LEARNED:
-            drawn = {"mask": arm.mask, "mask_options": self.options(arm, seed)}
-            return trained(name, settings | drawn, source, self.out)
-        # One dense SAE serves all degrees, so it does not share the changes.
-        dense = trained(self.dense_name(preset, seed), shared | {"dictionary": "dense"}, source, self.out)
-        return trained(name, settings, source, self.out, start=pruned(dense, degree))
+            settings |= {"mask": arm.mask, "basis": arm.basis}
+            start = build_sae(resolve(settings).sae, self.source, self._covariance)
+        else:  # one dense SAE serves all degrees, so it does not share the changes
+            dense = trained(self.dense_name(preset, seed), shared | {"dictionary": "dense"}, self.source, self.out)
+            start = pruned(dense, degree)
+        return trained(name, settings, self.source, self.out, start)
 
     @staticmethod
     def dense_name(preset: str, seed: int) -> str:

@@ -47,6 +47,8 @@ class Sparsity(nn.Module):
     version: ClassVar[int] = 1
     needs_unit_norm: ClassVar[bool] = False
     """Whether the penalty is without meaning where columns may grow and codes shrink in turn."""
+    by_rank: ClassVar[bool] = False
+    """Whether each sample's best ``k`` are the code, so that :meth:`among` makes a wider one: for Multi-TopK."""
 
     def __init__(self, d_sae: int, k: int) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ class TopK(Sparsity):
     """
 
     kind = "topk"
+    by_rank = True
 
     def __init__(
         self, d_sae: int, k: int, *, relu: bool = False, rank: Literal["signed", "magnitude"] = "signed"
