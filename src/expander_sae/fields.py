@@ -9,11 +9,12 @@ import textwrap
 
 
 def field_texts(section: type) -> dict[str, str]:
-    """Name to the string below it, in one line, for every annotated field of a class that has one."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    """Name to the string below it, in one line, for every annotated field of a class and its bases that has one."""
     texts: dict[str, str] = {}
-    for field, after in itertools.pairwise(body):
-        match field, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                texts[name] = " ".join(said.split())
+    for kind in reversed(section.__mro__[:-1]):  # but for `object`
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field, after in itertools.pairwise(body):
+            match field, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                    texts[name] = " ".join(said.split())
     return texts

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from expander_sae.experiments.common import published
 from expander_sae.experiments.common.results import Finding
-from expander_sae.experiments.common.resume import Cells
-from expander_sae.experiments.common.seeds import over_seeds, without_seeds
+from expander_sae.experiments.common.seeds import over_seeds
 from expander_sae.experiments.common.subject import Subject
-from expander_sae.experiments.common.supports import TrainedArms, mask_of, published_rows
+from expander_sae.experiments.common.supports import ArmsSettings, TrainedArms, mask_of, published_rows
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.mask import Mask
 from expander_sae.report import picture
@@ -44,33 +43,13 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class CollisionsSettings:
+class CollisionsSettings(ArmsSettings):
     """The SAEs of ``reproduce collisions``."""
 
-    model: str = "embedded"
-    """Language model whose activations are read."""
-    tokens: int = 300_000
-    """Activation vectors to train on."""
     held_out: int = 16_384
     """Activation vectors of other documents that the samples are drawn from."""
     samples: int = 2000
     """Held-out vectors whose codes are looked at."""
-    masks: tuple[str, ...] = ("left-regular", "clustered", "learned", "reed-solomon")
-    """Supports; the first three are the paper's."""
-    degrees: tuple[int, ...] = (7, 30)
-    """Rows each column uses."""
-    preset: str = "paper-stable"
-    """Preset of every training; `paper-stable` is the paper's with `b_dec` from the mean."""
-    steps: int = 1500
-    """Steps of every training; `learned` has as many more, of a dense SAE."""
-    batch_size: int = 256
-    """Activation vectors in each step."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of everything."""
-    d_sae: int = 2304
-    """Features of every SAE."""
-    k: int = 32
-    """Features per sample."""
 
 
 LAPTOP = CollisionsSettings()
@@ -89,19 +68,9 @@ def run_collisions(settings: CollisionsSettings, out: Path) -> Finding:
     subject = Subject.of(settings.model)
     test = subject.activations(settings.held_out, "heldout")
     h = test.sample(min(settings.samples, len(test)), 0).float()
-    cells = Cells(out, {k: v for k, v in without_seeds(settings).items() if k not in ("masks", "degrees")})
     arms = TrainedArms(subject, settings, out)
-    rows = []
-    for name, degree, seed in arms.runs():
-        key = arms.folder(name, degree, seed)
-
-        def one(name: str = name, degree: int = degree, seed: int = seed) -> dict[str, Any]:
-            sae = arms.sae(name, degree, seed)
-            return {reading: counted(sae, h, reading, seed) for reading in READINGS}
-
-        found = cells.get(key, one, lambda key=key: arms.sha256(key))
-        facts = {"name": name, "degree": degree, "seed": seed}
-        rows += [facts | {"reading": reading} | figures for reading, figures in found.items()]
+    found = arms.figures(lambda sae, seed: {reading: counted(sae, h, reading, seed) for reading in READINGS})
+    rows = [facts | {"reading": reading} | of for facts, figures in found for reading, of in figures.items()]
     table = over_seeds(rows, ("name", "degree", "reading"), FIGURES)
     notes = [
         f"Means over {len(h):,} held-out activations and {len(settings.seeds)} seeds (±: over seeds); k = "

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from expander_sae.experiments.common import published
 from expander_sae.experiments.common.results import Finding
-from expander_sae.experiments.common.resume import Cells
-from expander_sae.experiments.common.seeds import over_seeds, without_seeds
+from expander_sae.experiments.common.seeds import over_seeds
 from expander_sae.experiments.common.subject import Subject
-from expander_sae.experiments.common.supports import TrainedArms, mask_of, published_rows
+from expander_sae.experiments.common.supports import ArmsSettings, TrainedArms, mask_of, published_rows
 from expander_sae.experiments.registry import Experiment, register
 from expander_sae.report import picture
 from expander_sae.report.table import DASH, Column, Row, number, spread
@@ -68,29 +67,9 @@ DETAILS = (
 
 
 @dataclass(frozen=True)
-class GeometrySettings:
+class GeometrySettings(ArmsSettings):
     """The SAEs of ``reproduce geometry``."""
 
-    model: str = "embedded"
-    """Language model whose activations are read."""
-    tokens: int = 300_000
-    """Activation vectors to train on."""
-    masks: tuple[str, ...] = ("left-regular", "clustered", "learned", "reed-solomon")
-    """Supports; the first three are the paper's."""
-    degrees: tuple[int, ...] = (7, 30)
-    """Rows each column uses."""
-    preset: str = "paper-stable"
-    """Preset of every training; `paper-stable` is the paper's with `b_dec` from the mean."""
-    steps: int = 1500
-    """Steps of every training; `learned` has as many more, of a dense SAE."""
-    batch_size: int = 256
-    """Activation vectors in each step."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of everything."""
-    d_sae: int = 2304
-    """Features of every SAE."""
-    k: int = 32
-    """Features per sample."""
     exact_up_to: int = 3
     """Sets of columns up to this size are searched exhaustively."""
 
@@ -108,17 +87,9 @@ PAPER = replace(
 def run_geometry(settings: GeometrySettings, out: Path) -> Finding:
     """Train and diagnose; one row for each kind of supports and degree over seeds, the paper's rows below."""
     subject = Subject.of(settings.model)
-    cells = Cells(out, {k: v for k, v in without_seeds(settings).items() if k not in ("masks", "degrees")})
     arms = TrainedArms(subject, settings, out)
-    rows = []
-    for name, degree, seed in arms.runs():
-        key = arms.folder(name, degree, seed)
-
-        def one(name: str = name, degree: int = degree, seed: int = seed) -> dict[str, Any]:
-            return diagnose(arms.sae(name, degree, seed), settings.k, settings.exact_up_to)
-
-        row = cells.get(key, one, lambda key=key: arms.sha256(key))
-        rows.append({"name": name, "degree": degree, "seed": seed} | row)
+    found = arms.figures(lambda sae, seed: diagnose(sae, settings.k, settings.exact_up_to))
+    rows = [facts | figures for facts, figures in found]
     table = over_seeds(rows, ("name", "degree"), FIGURES)
     notes = [
         f"Means over {len(settings.seeds)} seeds; k = {settings.k}; {settings.steps:,} steps of "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from expander_sae.data import ActivationSource
 from expander_sae.dictionary import ExpanderDictionary
 from expander_sae.experiments.common.published import MASKS
+from expander_sae.experiments.common.resume import Cells
+from expander_sae.experiments.common.seeds import without_seeds
 from expander_sae.experiments.common.subject import Subject, sae_hash, trained
 from expander_sae.mask import CONSTRUCTIONS, Mask
 from expander_sae.registry import unknown
@@ -103,35 +105,38 @@ class Supports:
         return f"dense-{preset}-seed{seed}"
 
 
-class TrainingSettings(Protocol):
+@dataclass(frozen=True)
+class ArmsSettings:
     """Settings of an experiment that trains SAEs on some arms with one preset."""
 
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def masks(self) -> tuple[str, ...]: ...
-    @property
-    def degrees(self) -> tuple[int, ...]: ...
-    @property
-    def preset(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-    @property
-    def d_sae(self) -> int: ...
-    @property
-    def k(self) -> int: ...
+    model: str = "embedded"
+    """Language model whose activations are read."""
+    tokens: int = 300_000
+    """Activation vectors to train on."""
+    masks: tuple[str, ...] = ("left-regular", "clustered", "learned", "reed-solomon")
+    """Supports; the first three are the paper's."""
+    degrees: tuple[int, ...] = (7, 30)
+    """Rows each column uses."""
+    preset: str = "paper-stable"
+    """Preset of every training; `paper-stable` is the paper's with `b_dec` from the mean."""
+    steps: int = 1500
+    """Steps of every training; `learned` has as many more, of a dense SAE."""
+    batch_size: int = 256
+    """Activation vectors in each step."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Runs of everything."""
+    d_sae: int = 2304
+    """Features of every SAE."""
+    k: int = 32
+    """Features per sample."""
 
 
 class TrainedArms:
     """The SAEs of an experiment with one preset: every arm named in ``settings.masks``, degree and seed."""
 
-    def __init__(self, subject: Subject, settings: TrainingSettings, out: Path) -> None:
+    def __init__(self, subject: Subject, settings: ArmsSettings, out: Path) -> None:
         store = subject.activations(settings.tokens)
-        self.settings, self.d_in = settings, store.d_in
+        self.settings, self.out, self.d_in = settings, out, store.d_in
         training = {settings.preset: {"steps": settings.steps, "batch_size": settings.batch_size}}
         self._supports = Supports(store, out, settings.d_sae, settings.k, training)
 
@@ -151,18 +156,22 @@ class TrainedArms:
         reasons = {f"{name} at d = {degree}": self._why_not(name, degree) for name, degree in asked}
         return not_to_be_had({name: why for name, why in reasons.items() if why is not None})
 
-    def folder(self, name: str, degree: int, seed: int) -> str:
-        """Of the SAE, within the experiment's."""
-        return f"{name}-d{degree}-seed{seed}"
+    def figures(self, compute: Callable[[SAE, int], dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Name, degree and seed of every run, and what ``compute`` finds of its SAE and seed: once, kept in cells.
 
-    def sae(self, name: str, degree: int, seed: int) -> SAE:
-        """The SAE, trained if it is not yet."""
-        folder = self.folder(name, degree, seed)
-        return self._supports.sae(folder, arm_named(name), self.settings.preset, degree, seed)
+        Masks and degrees may be added to a finished folder.
+        """
+        shared = without_seeds(self.settings)
+        cells = Cells(self.out, {name: value for name, value in shared.items() if name not in ("masks", "degrees")})
+        for name, degree, seed in self.runs():
+            key = f"{name}-d{degree}-seed{seed}"
 
-    def sha256(self, folder: str) -> str | None:
-        """Of the SAE in ``folder``; ``None`` if there is none."""
-        return sae_hash(self._supports.out / folder)
+            def one(key: str = key, name: str = name, degree: int = degree, seed: int = seed) -> dict[str, Any]:
+                sae = self._supports.sae(key, arm_named(name), self.settings.preset, degree, seed)
+                return compute(sae, seed)
+
+            found = cells.get(key, one, lambda key=key: sae_hash(self.out / key))
+            yield {"name": name, "degree": degree, "seed": seed}, found
 
 
 def mask_of(sae: SAE) -> Mask:
