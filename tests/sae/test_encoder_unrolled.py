@@ -17,8 +17,7 @@ from expander_sae.pursuit import matching_pursuit
 from expander_sae.pursuit.unrolled import unrolled_matching_pursuit
 from expander_sae.sae import ENCODERS, SAE, UnrolledPursuit
 from expander_sae.stored import Section
-from expander_sae.training import recipe
-from expander_sae.training.trainer import TrainConfig, train
+from expander_sae.training import TrainConfig, recipe, train
 
 M, N, D, K = 8, 13, 3, 4
 MASK = Mask.build("balanced", d_in=M, d_sae=N, degree=D, seed=2)

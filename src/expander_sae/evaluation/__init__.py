@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from expander_sae.evaluation.certify import certify_sae
 from expander_sae.evaluation.conventions import CONVENTIONS, Convention, convention_named
-from expander_sae.evaluation.guarantees import certify_sae
 from expander_sae.evaluation.in_model import (
     InModel,
     MismatchError,

@@ -21,10 +21,10 @@ from expander_sae.progress import progress
 from expander_sae.report import picture
 from expander_sae.report.table import Column, number, text
 from expander_sae.sae import SAE
-from expander_sae.training import build_sae
+from expander_sae.training import build_sae, train
 from expander_sae.training.exact import alternate, refit_dictionary
 from expander_sae.training.recipe import resolve
-from expander_sae.training.trainer import mean_and_variance, train
+from expander_sae.training.start import mean_and_variance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,10 @@ from __future__ import annotations
 from expander_sae.training.config import TrainConfig
 from expander_sae.training.divergence import TrainingDiverged
 from expander_sae.training.interrupt import Stopped
+from expander_sae.training.run import train
 from expander_sae.training.saved import load_sae, sae_from_checkpoint
 from expander_sae.training.start import build_sae
-from expander_sae.training.trainer import Trainer, train
+from expander_sae.training.trainer import Trainer
 
 __all__ = [
     "Stopped",

@@ -18,9 +18,8 @@ from expander_sae.evaluation import InModel, SharedPasses, evaluate_in_model, ev
 from expander_sae.files import cache_dir
 from expander_sae.sae import SAE
 from expander_sae.sae.folder import CONFIG_NAME, read_config
-from expander_sae.training import build_sae
+from expander_sae.training import build_sae, train
 from expander_sae.training.recipe import resolve
-from expander_sae.training.trainer import train
 
 WINDOW = 256
 
