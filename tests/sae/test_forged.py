@@ -19,11 +19,14 @@ from expander_sae.sae.folder import CONFIG_NAME, TENSORS_NAME
 
 M, N = 8, 13
 MASK = Mask.build("balanced", d_in=M, d_sae=N, degree=3, seed=2)
+UNEVEN = Mask.build("bernoulli", d_in=M, d_sae=N, degree=2, seed=2)
 ODD: list[Any] = [None, True, -1, 0, 1, 2**70, 1.5, "", "paper", [], [1], {}, {"kind": "dense"}, 10**9]
 
 SAES = {
     "tied": lambda: SAE.expander(MASK, 4),
     "untied, learned supports": lambda: SAE.expander(Mask.from_rows(MASK.rows, M), 4, untied=True),
+    "columns of different degrees": lambda: SAE.expander(UNEVEN, 4),
+    "those, stored": lambda: SAE.expander(Mask.from_rows(UNEVEN.rows, M, UNEVEN.held), 4),
     "dense, batch-topk": lambda: SAE.dense(M, N, k=4, sparsity=BatchTopK(N, 4)),
     "pursuit": lambda: SAE.expander(MASK, 4).with_encoder("omp", block=2),
 }

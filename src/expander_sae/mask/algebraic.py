@@ -3,7 +3,8 @@
 Take ``d`` points ``x_b`` of a field of ``q >= d`` elements. Row ``(b, y)`` stands for "the value at ``x_b`` is ``y``";
 the column of a polynomial ``f`` of degree below ``t`` uses the ``d`` rows ``(b, f(x_b))``. Two polynomials agree in at
 most ``t - 1`` points, so two columns share at most ``t - 1`` rows. The ``q`` columns ``f + c`` share none and use every
-row once: a *parallel class*. Columns come class by class, so that row degrees differ little.
+row once: a *parallel class*. Columns come class by class, so that row degrees differ little. Which slopes ``c_1``
+come first is drawn: where not all are needed, consecutive ones are far from an expander (docs/masks.md).
 
 Sources: Reed & Solomon 1960; as matrices for compressed sensing DeVore 2007; ``t = 2`` is the array code (Fan 2000).
 """
@@ -30,7 +31,8 @@ def reed_solomon(m: int, n: int, d: int, seed: int, overlap: int | None = None, 
 
     Args:
         overlap: refuse if columns would share more; it is always the least with enough columns.
-        permute: shuffle the rows (by the seed, which does nothing else); else block ``b`` is a range of rows.
+        permute: the seed shuffles rows and slopes; else block ``b`` is a range of rows, slopes come in order, and the
+            seed does nothing.
 
     Raises:
         ValueError: sizes that do not fit, with the bound they break and what would fit.
@@ -43,7 +45,7 @@ def reed_solomon(m: int, n: int, d: int, seed: int, overlap: int | None = None, 
         )
     # Polynomials come in one order for every t, so a larger t only goes on where a smaller one ran out of them.
     terms = [t for t in range(1, d + 1) if min(_fields(m, d)) ** (t - 1) < _TRIED * n]
-    found = ((t, _reed_solomon(m, n, d, t)) for t in terms)
+    found = ((t, _reed_solomon(m, n, d, t, seed if permute else None)) for t in terms)
     smallest, rows = next(((t - 1, rows) for t, rows in found if rows is not None), (None, None))
     if smallest is None or rows is None or (overlap is not None and overlap < smallest):
         asked = d - 1 if overlap is None else overlap
@@ -54,13 +56,13 @@ def reed_solomon(m: int, n: int, d: int, seed: int, overlap: int | None = None, 
 def gf2(m: int, n: int, d: int, seed: int, overlap: int | None = None, permute: bool = True) -> np.ndarray:
     """As :func:`reed_solomon` over the field of ``q = m / d`` elements, a power of two; nothing is left over.
 
-    Every row degree is ``n / q`` if ``q`` divides ``n``. Column ``j`` has the coefficients of its number, ``c_i`` the
-    ``i``-th digit to base ``q``, and without ``permute`` uses the rows ``b·q + (c_0 XOR a_b·c_1 XOR a_b²·c_2 …)`` with
+    Every row degree is ``n / q`` if ``q`` divides ``n``. Without ``permute`` column ``j`` has the coefficients of its
+    number, ``c_i`` the ``i``-th digit to base ``q``, and uses the rows ``b·q + (c_0 XOR a_b·c_1 XOR a_b²·c_2 …)`` with
     ``a_b = b``, products in the field: rows can be computed instead of stored.
 
     Args:
         overlap: refuse if columns would share more; it is always the least with enough columns.
-        permute: shuffle the rows (by the seed, which does nothing else).
+        permute: the seed shuffles rows and slopes; else it does nothing.
 
     Raises:
         ValueError: sizes that do not fit, with the bound they break and what would fit.
@@ -78,11 +80,12 @@ def gf2(m: int, n: int, d: int, seed: int, overlap: int | None = None, permute: 
         asked = d - 1 if overlap is None else overlap
         raise ValueError(_too_many(m, n, d, asked, q ** (asked + 1), smallest))
     modulus = irreducible(q.bit_length() - 1)
-    number = np.arange(n, dtype=np.int64)
-    points = np.arange(d, dtype=np.int64)
+    number, points = np.arange(n, dtype=np.int64), np.arange(d, dtype=np.int64)
+    group = _class_order(-(-n // q), q, seed if permute else None)[number // q]
     value = np.zeros((n, d), dtype=np.int64)
-    for power in reversed(range(smallest + 1)):  # Horner
-        value = multiply(value, points, modulus) ^ (number // q**power % q)[:, None]
+    for power in reversed(range(smallest)):  # Horner, but for the last step: times the point, plus c_0
+        value = multiply(value ^ (group // q**power % q)[:, None], points, modulus)
+    value ^= (number % q)[:, None]
     return _placed((points * q + value).astype(np.int32), m, seed, permute)
 
 
@@ -156,21 +159,32 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))
 
 
-def _reed_solomon(m: int, n: int, d: int, t: int) -> np.ndarray | None:
+def _class_order(count: int, q: int, seed: int | None) -> np.ndarray:
+    """int64 ``(count,)``: numbers of parallel classes in the order they are taken.
+
+    The digits of a number to base ``q`` are the coefficients ``c_1``, ``c_2``, …: only the first is shuffled, so that
+    the higher ones change as rarely as they can. All slopes for one value of those share one row at most.
+    """
+    number = np.arange(count, dtype=np.int64)
+    return number if seed is None else number - number % q + permutation(seed, 1, q)[number % q]
+
+
+def _reed_solomon(m: int, n: int, d: int, t: int, seed: int | None) -> np.ndarray | None:
     """The better fit, rows in blocks; ``None`` if neither has ``n`` columns."""
-    found = [rows for q in _fields(m, d) if n <= q**t and (rows := _fit(m, n, d, t, q)) is not None]
+    found = [rows for q in _fields(m, d) if n <= q**t and (rows := _fit(m, n, d, t, q, seed)) is not None]
     return min(found, key=lambda rows: np.ptp(np.bincount(rows.ravel(), minlength=m)), default=None)
 
 
-def _fit(m: int, n: int, d: int, t: int, q: int) -> np.ndarray | None:
+def _fit(m: int, n: int, d: int, t: int, q: int, seed: int | None) -> np.ndarray | None:
     """``n`` columns over F_q on ``m`` rows, by leaving rows out or by filling left-over ones."""
     surplus = max(0, d * q - m)
     heights = q - surplus // d - (np.arange(d) < surplus % d)  # rows that a block keeps, from the first
     offsets = np.cumsum(heights) - heights
     kept, count = [], 0
-    classes, chunk = min(q ** (t - 1), -(-_TRIED * n // q)), max(1, _CHUNK_ENTRIES // (q * d))
-    for start in range(0, classes, chunk):
-        values = _classes(np.arange(start, min(start + chunk, classes)), d, t, q)
+    classes = _class_order(min(q ** (t - 1), -(-_TRIED * n // q**2) * q), q, seed)
+    chunk = min(max(1, _CHUNK_ENTRIES // (q * d)), 1 + n // q)
+    for start in range(0, len(classes), chunk):
+        values = _classes(classes[start : start + chunk], d, t, q)
         values = values[(values < heights).all(axis=1)]
         kept.append(values + offsets)
         count += len(values)
@@ -185,7 +199,7 @@ def _fit(m: int, n: int, d: int, t: int, q: int) -> np.ndarray | None:
 def _classes(numbers: np.ndarray, d: int, t: int, q: int) -> np.ndarray:
     """Values ``(len(numbers)·q, d)`` of the polynomials of these parallel classes at the points ``0 … d - 1``.
 
-    The digits of a class's number to base ``q`` are its coefficients ``c_1``, ``c_2``, …; inside a class ``c_0`` runs.
+    Inside a class ``c_0`` runs.
     """
     points = np.arange(d, dtype=np.int64)
     value = np.zeros((len(numbers), d), dtype=np.int64)
