@@ -91,7 +91,7 @@ def _saelens(sae: Any, like: SAE, h: Tensor, coefficients: dict[str, float]) -> 
             sae.r_mag.copy_(rule.r_mag)
             sae.b_mag.copy_(rule.b_mag)
         if isinstance(rule, JumpReLU):
-            sae.log_threshold.copy_(rule.threshold.log())
+            sae.threshold.copy_(rule.threshold)
     optimiser = torch.optim.Adam(sae.parameters(), lr=3e-4)
     step_input = inputs.TrainStepInput(
         sae_in=h, coefficients=coefficients, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
